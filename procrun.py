@@ -174,7 +174,7 @@ def env_value(match):
         return match["literal"]
     if match["escaped"] is not None:
         return re.sub(rb'\\([nt"\\$])', lambda m: ENV_ESCAPES[m[1]], match["escaped"])
-    return re.split(rb"[ \t]#", match["bare"], 1)[0].strip(b" \t\r")
+    return re.split(rb"[ \t]#", match["bare"], maxsplit=1)[0].strip(b" \t\r")
 
 
 def env_problem(text, start, end):
@@ -1023,7 +1023,7 @@ class Supervisor:
         if self.status is None:
             self.say("%s received, shutting down" % signal_name(number))
             self.begin(128 + number, None)
-        elif number in (signal.SIGINT, signal.SIGTERM) and not self.killed:
+        elif number in (signal.SIGINT, signal.SIGTERM) and not self.killing():
             self.steps = hurried(time.monotonic())
 
     def pause(self):
@@ -1092,13 +1092,13 @@ class Supervisor:
         if self.status is not None:
             return
         self.status = status
-        patience = 0.1 if os.isatty(1) else 1.0
-        self.steps = ladder(time.monotonic(), self.options.grace, patience)
-        self.obey()
         if child:
             self.drain(child)
             self.say("%s %s after %.1f s, stopping the rest" % (
                 child.instance.name, child.ending(), time.monotonic() - child.began))
+        patience = 0.1 if os.isatty(1) else 1.0
+        self.steps = ladder(time.monotonic(), self.options.grace, patience)
+        self.obey()
 
     def obey(self):
         """Do what the shutdown has due."""
