@@ -4,9 +4,11 @@
     python procrun.py start                 all process types, until one of them ends or Ctrl-C
     python procrun.py start -c web=2        the same, with two instances of web
     python procrun.py start web             web alone
+    python procrun.py start --attach web    the keyboard is web's: a debugger works
     python procrun.py run web               web's command once, in the foreground
     python procrun.py run env               any command, with the app's environment
-    python procrun.py check                 is the Procfile in order?
+    python procrun.py check                 are the Procfile and .env in order?
+    python procrun.py export systemd /etc/systemd/system    the same app for a process manager
 
 Words (each has one meaning, here and in every message):
 
@@ -19,40 +21,46 @@ Words (each has one meaning, here and in every message):
     leader, group the child itself, and it with all that it started and that stayed in its group
     grace period  seconds between SIGTERM and SIGKILL          -t 5
     base port     the PORT of the first instance               -p 5000
+    guard         procrun's helper, the parent of all children
 
 Exit status of start: that of the first process that ended by itself (128+N if signal N killed it);
 128+N if signal N to procrun began the shutdown; 1 for an error of the Procfile and the like, 2 for
 a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot be executed.
 """
 # How the file is built.  Data travels downwards: text becomes process types, these become
-# instances, these become children.  All that only computes stands above all that talks to the
-# kernel.  The cases that gave the lower half its shape:
+# instances, these become files for a process manager, or children.  All that only computes stands
+# above all that talks to the kernel.  The cases that gave the lower half its shape:
 #
+# - kill -9 of procrun runs no code of procrun.  So procrun is two processes: in front the one that
+#   was called, which reads, prints and decides; behind it the guard, which forks, signals and
+#   reaps.  A pipe from the one to the other carries orders; its end means that the front is gone.
 # - A child leads a session and a group of its own, so that one signal reaches all that it started
 #   and the terminal's Ctrl-C reaches none of it: each child gets one signal, the one procrun sends.
-# - What leaves its group (a daemon) is adopted when its parent dies: procrun is a subreaper, so on
-#   Linux the set has ended when the kernel says that there is no child any more, and not earlier.
+# - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
+#   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - Only ids that the kernel still reserves for us are signalled: dead children are looked at,
 #   their group is signalled, and only then are they reaped.
 # - Nothing but select() waits.  Signals arrive as bytes in a pipe, stdout is waited for like any
 #   other file descriptor, and while it takes nothing no child is read: that is the back-pressure.
-# - kill -9 of procrun runs no code of procrun.  A helper, the guard, then puts the groups down.
 import errno
 import os
-import re
-import select
 import selectors
 import signal
 import stat
 import sys
 import time
 from collections import namedtuple
+from functools import partial
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before there is anything: no traceback
 
 VERSION = "0.1.0"
-QUIET = 0.2        # seconds after which a line without its newline is shown
-LAST = 0.5         # seconds that the end of a shutdown may take, after SIGKILL
-CHUNK = 1 << 20    # bytes: one read, and the most that is kept of a line without its newline
+QUIET = 0.2            # seconds after which a line without its newline is shown
+LAST = 0.5             # seconds that the end of a shutdown may take, after SIGKILL
+CHUNK = 1 << 20        # bytes: one read, and the most that is kept of a line without its newline
 TOO_LARGE = 1 << 24    # bytes: no Procfile and no .env is that long
+MOST_ERRORS = 100
 
 
 class Failure(Exception):
@@ -67,9 +75,16 @@ class UsageError(Failure):
 
 def shown(text):
     """Bytes as one short printable str, for messages."""
-    text = text.decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in text[:60])
+    text = text[:200].decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in text)
     return text if len(text) <= 40 else text[:40] + "..."
+
+
+def refuse(source, errors):
+    """Raise Failure with a line for each (line number, message) of `errors`, if there are any."""
+    if errors:
+        lines = ["%s:%d: %s" % (source, number, text) for number, text in errors[:MOST_ERRORS]]
+        raise Failure(*lines + ["%s: more errors follow" % source] * (len(errors) > MOST_ERRORS))
 
 
 # Procfile: text -> process types -----------------------------------------------------------------
@@ -77,16 +92,7 @@ def shown(text):
 ProcessType = namedtuple("ProcessType", "name command line")
 ProcessType.__doc__ = "A line of the Procfile: name (str), command (bytes), and its line number."
 
-MOST_ERRORS = 100
-
-
-def refuse(source, errors):
-    """Raise Failure with a line for each (line number, message) of `errors`, if there are any."""
-    if errors:
-        lines = ["%s:%d: %s" % ((source,) + error) for error in errors[:MOST_ERRORS]]
-        if len(errors) > MOST_ERRORS:
-            lines.append("%s: more errors follow" % source)
-        raise Failure(*lines)
+NAME_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 
 
 def logical_lines(text):
@@ -111,14 +117,14 @@ def entry_problem(line, lines):
     name, colon, command = line.partition(b":")
     if not colon:
         return "no colon in `%s`; expected `name: command`" % shown(line)
-    if not re.fullmatch(rb"[A-Za-z0-9_-]+", name):
+    if not name or name.translate(None, NAME_BYTES):
         return "bad name `%s`; use letters, digits, _ and -" % shown(name)
     if name == b"all":
         return "the name `all` means every process type; use another"
     if name in lines:
         return "duplicate name `%s`, first on line %d; rename one" % (shown(name), lines[name])
     if not command.strip():
-        return "empty command for `%s`" % shown(name)
+        return "empty command for `%s`; write one after the colon" % shown(name)
     if b"\0" in command:
         return "NUL byte in the command of `%s`; remove it" % shown(name)
     return None
@@ -157,39 +163,30 @@ def parse_procfile(text, source="Procfile"):
 
 # Environment: text -> variables ------------------------------------------------------------------
 
-ENV_LINE = re.compile(rb"""
-    [ \t\r]* (?: \#[^\n]* )? (?: \n | \Z )
-  | [ \t]* (?: export[ \t]+ )? (?P<name> [A-Za-z_0-9]+ ) [ \t]* =
-    (?: [ \t]* (?: '(?P<literal> [^']* )' | "(?P<escaped> [^"\\]* (?: \\. [^"\\]* )* )" )
-        [ \t\r]* (?: \#[^\n]* )?
-      | (?P<bare> (?! [ \t]*['"] ) [^\n]* ) )
-    (?: \n | \Z )""", re.VERBOSE | re.DOTALL)
-ENV_QUOTE = re.compile(rb"[^\n=]*=[ \t]*(['\"])")
+ENV_NAME = rb"[ \t]*(?:export[ \t]+)?([A-Za-z_0-9]+)[ \t]*="
+ENV_QUOTED = {b"'": rb"(?s)[ \t]*'([^']*)'", b'"': rb'(?s)[ \t]*"([^"\\]*(?:\\.[^"\\]*)*)"'}
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
 
 
-def env_value(match):
-    """The value (bytes) of a matched ENV_LINE."""
-    if match["literal"] is not None:
-        return match["literal"]
-    if match["escaped"] is not None:
-        return re.sub(rb'\\([nt"\\$])', lambda m: ENV_ESCAPES[m[1]], match["escaped"])
-    return re.split(rb"[ \t]#", match["bare"], maxsplit=1)[0].strip(b" \t\r")
+def env_value(text, start, end):
+    """Return (value, where its last line ends) of what follows the = at text[start:end].
 
-
-def env_problem(text, start, end):
-    """What is wrong with the line text[start:end], and where to go on (None: nowhere)."""
-    quote = ENV_QUOTE.match(text, start, end)
-    if not quote:
-        return "expected NAME=value, found `%s`" % shown(text[start:end][:60]), end + 1
-    closing = re.compile(rb"[^']*'" if quote[1] == b"'" else rb'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-    closed = closing.match(text, quote.end())
-    if not closed:
-        return "the quote %s is never closed" % quote[1].decode(), None
-    if not re.match(rb"[ \t]*(export[ \t]+)?[A-Za-z_0-9]+[ \t]*=", text[start:end]):
-        return "expected NAME=value, found `%s`" % shown(text[start:end][:60]), end + 1
-    after = text.find(b"\n", closed.end())
-    return "text after the closing quote; only a comment may follow", after + 1 or None
+    Raises ValueError(what is wrong, where to go on) if it is quoted, and not as it should be.
+    """
+    import re
+    quote = text[start:end].lstrip(b" \t")[:1]
+    if quote not in ENV_QUOTED:
+        return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t\r"), end
+    quoted = re.compile(ENV_QUOTED[quote]).match(text, start)
+    if not quoted:
+        raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
+    end = text.find(b"\n", quoted.end())
+    end = len(text) if end < 0 else end
+    if text[quoted.end():end].strip(b" \t\r")[:1] not in (b"", b"#"):
+        raise ValueError("text after the closing quote; only a comment may follow", end)
+    if quote == b"'":
+        return quoted[1], end
+    return re.sub(rb'\\([nt"\\$])', lambda match: ENV_ESCAPES[match[1]], quoted[1]), end
 
 
 def parse_env(text, source=".env"):
@@ -204,21 +201,25 @@ def parse_env(text, source=".env"):
 
     Nothing is expanded.  The later of two lines wins.  Raises Failure that names all bad lines.
     """
+    import re
     text = text[3:] if text.startswith(b"\xef\xbb\xbf") else text
-    variables, errors, place, number, counted = {}, [], 0, 1, 0
-    while place is not None and place < len(text) and len(errors) <= MOST_ERRORS:
-        number, counted = number + text.count(b"\n", counted, place), place
-        match = ENV_LINE.match(text, place)
-        if not match:
-            end = text.find(b"\n", place)
-            problem, place = env_problem(text, place, end if end >= 0 else len(text))
-            errors.append((number, problem))
-            continue
-        place = match.end()
-        if match["name"] and b"\0" in match[0]:
-            errors.append((number, "NUL byte in the value of %s; remove it" % shown(match["name"])))
-        elif match["name"]:
-            variables[match["name"]] = env_value(match)
+    variables, errors, place, number, name = {}, [], 0, 1, re.compile(ENV_NAME)
+    while place < len(text) and len(errors) <= MOST_ERRORS:
+        end = text.find(b"\n", place)
+        end = len(text) if end < 0 else end
+        head = name.match(text, place, end)
+        try:
+            if head:
+                variables[head[1]], end = env_value(text, head.end(), end)
+                if b"\0" in variables[head[1]]:
+                    raise ValueError("NUL byte in the value of %s; remove it" % shown(head[1]), end)
+            elif text[place:end].strip()[:1] not in (b"", b"#"):
+                raise ValueError("expected NAME=value, found `%s`" % shown(text[place:end]), end)
+        except ValueError as error:
+            errors.append((number, error.args[0]))
+            end = error.args[1]
+        number += text.count(b"\n", place, end + 1)
+        place = end + 1
     refuse(source, errors)
     return variables
 
@@ -234,6 +235,11 @@ class Instance(namedtuple("Instance", "type number port command")):
         """Its name, such as web.1."""
         return "%s.%d" % (self.type, self.number)
 
+    @property
+    def variables(self):
+        """What it adds to the environment (bytes to bytes)."""
+        return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
+
 
 def parse_counts(text):
     """Return {name: count} of a formation such as "web=2,worker=4"; raises UsageError."""
@@ -242,7 +248,7 @@ def parse_counts(text):
         name, equals, count = (part.strip() for part in item.partition("="))
         if not equals or not name:
             raise UsageError("expected NAME=COUNT, found `%s`" % item)
-        if not (count.isascii() and count.isdigit() and len(count) < 6):
+        if not (count.isdigit() and count.isascii() and len(count) < 6):
             raise UsageError("`%s` is not a count, in `%s`" % (count, item))
         counts[name] = int(count)
     return counts
@@ -255,7 +261,7 @@ def unknown(names, known, what="process type"):
             raise UsageError("unknown %s `%s`; there are %s" % (what, name, ", ".join(known)))
 
 
-def formation(types, counts, default, names):
+def formation(types, counts, default, names=()):
     """Return {process type: count} in Procfile order.
 
     `counts` overrides `default`, and so does its "all"; `names`, if any, are the types to run.
@@ -283,98 +289,450 @@ def expand(types, counts, base):
     return instances
 
 
-def instance_variables(variables, instance):
-    """Return what the instance adds to the environment: `variables`, PORT and PS (bytes)."""
-    return {**variables, b"PORT": b"%d" % instance.port, b"PS": instance.name.encode()}
-
-
 def base_port(option, *environments):
     """Return the base port: the option, else the first PORT of the environments, else 5000."""
     if option is not None:
         return option
     text = next((each[b"PORT"] for each in environments if b"PORT" in each), b"5000")
-    if not re.fullmatch(rb"[0-9]{1,5}", text):
+    if not (text.isdigit() and len(text) < 6):
         raise Failure("PORT=%s in the environment is not a port; set it, or use -p" % shown(text))
     return int(text)
 
 
 def selected(names, instances, option):
-    """Return the set of instance names that `names` (types or instances) stand for."""
+    """Return the instances that `names` (types or instances) stand for, in their order."""
     known = list(dict.fromkeys(each.type for each in instances))
     unknown(names, known + [each.name for each in instances], "name for %s:" % option)
-    return {each.name for each in instances if each.type in names or each.name in names}
+    return [each for each in instances if each.type in names or each.name in names]
+
+
+# Export: instances -> files ----------------------------------------------------------------------
+#
+# Text is str here, decoded from UTF-8 with surrogateescape, so that any byte comes back as it was.
+
+File = namedtuple("File", "path mode text")
+File.__doc__ = "A file to be written: its path below the location, its permission bits, its text."
+
+Plan = namedtuple("Plan", "app user group root log grace mark variables types counts base image "
+                          "user_units location")
+Plan.__doc__ = """What an export is about, beside the instances: names of the app, the user and the
+user's group; root directory; directory of log files or ""; grace period in whole seconds, 1 or
+more; the text of the first comment; the variables that all instances share (str to str); the
+process types, {type: concurrency} and the base port; the options --image and --user-units; and the
+absolute path of the location."""
+
+NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif else esac
+    eval exit export false fc fg fi for getopts hash if in jobs kill local printf pwd read readonly
+    return set shift source test then times trap true type ulimit umask unalias unset until wait
+    while""".split())
+WAIT = """trap 'trap "" TERM; wait; exit 143' TERM; """
+FORWARD = """trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
+
+
+def as_str(text):
+    """Bytes as the str that an export works with."""
+    return text.decode("utf-8", "surrogateescape")
+
+
+def log_path(plan, instance):
+    """The log file of an instance."""
+    return "%s/%s-%d.log" % (plan.log, instance.type, instance.number)
+
+
+def shell_quote(text):
+    """The text as one word of a shell."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def escaped(text):
+    r"""The text in letters, digits, and \0ooo for any other byte: what `printf %b` turns back."""
+    import re
+    return re.sub(rb"[^A-Za-z0-9_./-]", lambda match: b"\\0%03o" % match[0],
+                  text.encode("utf-8", "surrogateescape")).decode()
+
+
+def is_text(value):
+    """Whether the value is valid UTF-8 without control characters, so that any format takes it."""
+    return not any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in value)
+
+
+def carried(variables, fits):
+    """Return (variables, shell text): those whose values do not fit escaped, and how to undo that.
+
+    So no value need be altered or refused, nor come to stand in a command line.
+    """
+    fit = {name: fits(value) for name, value in variables.items()}
+    return ({name: value if fit[name] else escaped(value) for name, value in variables.items()},
+            "".join("{0}=$(printf %b_ \"${0}\"); {0}=${{{0}%_}}; ".format(name)
+                    for name in variables if not fit[name]))
+
+
+def portable(command):
+    """The command as text that any format takes."""
+    return command if is_text(command) else 'eval "$(printf %%b %s)"' % shell_quote(escaped(command))
+
+
+def is_simple(command):
+    """Whether `exec` can stand before the command: one program, told from the text, or in doubt no."""
+    import re
+    program = re.match(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*(?=[ \t]|$)", command)
+    return bool(program and program[0] not in NOT_PROGRAMS
+                and not re.search(r"[;&|()<>`{}!\n]", command))
+
+
+def waited(command):
+    """Shell text of the command where the manager sends SIGTERM to the whole group.
+
+    A shell that stays in between must not die before what it runs: it would be taken for the app.
+    """
+    if command.startswith("exec ") and is_simple(command[5:].lstrip() or ":"):
+        return command
+    return "exec " + command if is_simple(command) else WAIT + command
+
+
+def forwarded(command):
+    """Shell text of the command where the manager sends SIGTERM to the leader alone.
+
+    A shell acts upon a signal at once only while it waits for a background job; that job has SIGINT
+    and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
+    """
+    text = waited(command)
+    if not text.startswith(WAIT):
+        return text
+    return "%sexec /bin/sh -c %s) & wait $!" % (FORWARD, shell_quote(text))
+
+
+UPSTART_INSTANCE = """# %(mark)s
+description "%(app)s %(name)s"
+start on starting %(app)s-%(type)s
+stop on stopping %(app)s-%(type)s
+respawn
+respawn limit unlimited
+kill timeout %(grace)d
+setuid %(user)s
+setgid %(group)s
+chdir '%(root)s'
+script
+%(script)s
+end script
+# Upstart itself respawns without a pause.
+post-stop exec sleep 1
+"""
+
+
+def export_upstart(plan, instances):
+    """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
+
+    Its parser alters what stands in `exec` and `env` lines, and carries a script as it is, but for
+    a line `end script`.  With more than one line a script is passed by a pipe, not as an argument.
+    """
+    import re
+    for each in instances:
+        lines = ["export %s=%s" % (name, shell_quote(value)) for name, value in
+                 {**plan.variables, "PORT": str(each.port), "PS": each.name}.items()]
+        if plan.log:
+            lines.append("exec >>%s 2>&1" % shell_quote(log_path(plan, each)))
+        lines.append("exec /bin/sh -c " + shell_quote(waited(as_str(each.command))))
+        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script[ \t]*$)", r"\1''", "\n".join(lines))
+        yield File("%s-%s-%d.conf" % (plan.app, each.type, each.number), 0o600, UPSTART_INSTANCE % dict(
+            plan._asdict(), type=each.type, name=each.name, script=script,
+            root=plan.root.replace("'", "'\"'\"'")))
+    for name in dict.fromkeys(each.type for each in instances):
+        yield File("%s-%s.conf" % (plan.app, name), 0o644,
+                   "# %s\nstart on starting %s\nstop on stopping %s\n" % (plan.mark, plan.app, plan.app))
+    yield File(plan.app + ".conf", 0o644,
+               "# %s\nstart on runlevel [2345]\nstop on runlevel [!2345]\n" % plan.mark)
+
+
+def systemd_word(text):
+    """The text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
+    import re
+    text = re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
+    return '"%s"' % text.replace("\t", "\\t")
+
+
+def systemd_value(value):
+    """The value as one of an EnvironmentFile=; see systemd.exec(5)."""
+    import re
+    return '"%s"' % re.sub(r'(["\\$`])', r"\\\1", value)
+
+
+SYSTEMD_SERVICE = """[Unit]
+Description=%(app)s %(name)s
+PartOf=%(app)s-%(type)s.target
+After=network.target
+StartLimitIntervalSec=0
+
+[Service]
+%(user)sWorkingDirectory=%(root)s
+EnvironmentFile=%(environment)s
+Environment=PORT=%(port)d PS=%(name)s
+ExecStart=/bin/sh -c %(command)s
+Restart=always
+RestartSec=1
+KillMode=mixed
+TimeoutStopSec=%(grace)d
+SuccessExitStatus=143
+%(log)s"""
+
+
+def export_systemd(plan, instances):
+    """Targets for the app and each process type, a service for each instance, one environment file."""
+    variables, prelude = carried(plan.variables, lambda value: is_text(value.translate({9: "", 10: ""})))
+    mark, path = "# %s\n" % plan.mark, plan.location.replace("%", "%%")
+    yield File(plan.app + ".env", 0o600, mark + "".join(
+        "%s=%s\n" % (name, systemd_value(value)) for name, value in variables.items()))
+    for each in instances:
+        yield File("%s-%s-%d.service" % (plan.app, each.type, each.number), 0o644, mark + SYSTEMD_SERVICE % dict(
+            plan._asdict(), type=each.type, name=each.name, port=each.port,
+            environment="%s/%s.env" % (path, plan.app), root=plan.root.replace("%", "%%"),
+            user="" if plan.user_units else "User=%s\n" % plan.user,
+            log="StandardOutput=append:%s\nStandardError=inherit\n" % log_path(plan, each).replace("%", "%%")
+            if plan.log else "",
+            command=systemd_word(prelude + forwarded(portable(as_str(each.command))))))
+    names = list(dict.fromkeys(each.type for each in instances))
+    for name in names:
+        wanted = ["%s-%s-%d.service" % (plan.app, name, each.number) for each in instances if each.type == name]
+        yield File("%s-%s.target" % (plan.app, name), 0o644, "%s[Unit]\nDescription=%s %s\nPartOf=%s.target\n"
+                   "Wants=%s\n" % (mark, plan.app, name, plan.app, " ".join(wanted)))
+    yield File(plan.app + ".target", 0o644, "%s[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=%s.target\n" % (
+        mark, plan.app, " ".join("%s-%s.target" % (plan.app, name) for name in names),
+        "default" if plan.user_units else "multi-user"))
+
+
+def export_launchd(plan, instances):
+    """A property list for each instance; see launchd.plist(5)."""
+    import plistlib
+    variables, prelude = carried(plan.variables, is_text)
+    comment = "<!-- %s -->\n<plist" % plan.mark.replace("--", "-&#45;")
+    for each in instances:
+        label = "%s-%s-%d" % (plan.app, each.type, each.number)
+        logs = {key: log_path(plan, each) for key in ("StandardOutPath", "StandardErrorPath") if plan.log}
+        text = plistlib.dumps(dict(
+            Label=label, UserName=plan.user, WorkingDirectory=plan.root,
+            ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(as_str(each.command)))],
+            EnvironmentVariables={**variables, "PORT": str(each.port), "PS": each.name},
+            KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace, **logs))
+        yield File(label + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
+
+
+def supervisor_word(text):
+    """The text as one word of a supervisord command: shlex's quoting, % doubled, and no blank before
+    ; or #, where the rest of the line would be taken for a comment."""
+    import re
+    text = "'%s'" % text.replace("'", "'\"'\"'").replace("%", "%%")
+    return re.sub(r"(\s)(?=[;#])", r"\1''", text)
+
+
+SUPERVISORD_PROGRAM = """
+[program:%(name)s]
+command=/bin/sh -c %(command)s
+directory=%(root)s
+user=%(user)s
+environment=%(environment)s
+autostart=true
+autorestart=true
+startsecs=0
+stopsignal=TERM
+stopwaitsecs=%(grace)d
+stopasgroup=true
+killasgroup=true
+redirect_stderr=true
+%(log)s"""
+
+
+def export_supervisord(plan, instances):
+    """A program for each instance, and a group; see supervisord.org, "Configuration File"."""
+    import re
+    variables, prelude = carried(plan.variables, re.compile(r"[\w ./:,=@+-]*", re.ASCII).fullmatch)
+    parts = ["; %s\n" % plan.mark]
+    names = []
+    for each in instances:
+        names.append("%s-%s-%d" % (plan.app, each.type, each.number))
+        environment = {**variables, "PORT": str(each.port), "PS": each.name}
+        parts.append(SUPERVISORD_PROGRAM % dict(
+            plan._asdict(), name=names[-1], root=plan.root.replace("%", "%%"),
+            command=supervisor_word(prelude + waited(portable(as_str(each.command)))),
+            environment=",".join('%s="%s"' % item for item in environment.items()),
+            log="stdout_logfile=%s\n" % log_path(plan, each).replace("%", "%%") if plan.log else ""))
+    yield File(plan.app + ".conf", 0o600, "%s\n[group:%s]\nprograms=%s\n" % (
+        "".join(parts), plan.app, ",".join(names)))
+
+
+RUNIT_RUN = """exec %(log)s
+service=$PWD
+echo $$ >group
+cd %(root)s || exit 111
+exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(command)s
+"""
+RUNIT_TERM = """# runsv runs this in place of a SIGTERM to the leader alone
+read group <group || exit 0
+kill -s TERM -- "-$group"
+(n=0
+while [ $n -lt %d ]; do
+  sleep 1
+  read now <group && [ "$now" = "$group" ] || exit 0
+  n=$((n+1))
+done
+kill -s KILL -- "-$group") >/dev/null 2>&1 &
+"""
+RUNIT_FINISH = """# what the leader left in its group goes, too
+read group <group && kill -s KILL -- "-$group" 2>/dev/null
+rm -f group
+"""
+
+
+def export_runit(plan, instances):
+    """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).
+
+    chpst takes a variable from the first line of a file, less trailing blanks, NULs for newlines.
+    """
+    variables, prelude = carried(plan.variables, lambda value: not value.endswith((" ", "\t")))
+    head = "#!/bin/sh\n# %s\n" % plan.mark
+    for each in instances:
+        place = "%s-%s-%d/" % (plan.app, each.type, each.number)
+        for name, value in {**variables, "PORT": str(each.port), "PS": each.name}.items():
+            yield File(place + "env/" + name, 0o600, "%s\n# %s\n" % (value.replace("\n", "\0"), plan.mark))
+        if not plan.log:
+            yield File(place + "log/run", 0o755, head + "mkdir -p main && exec svlogd -tt main\n")
+        yield File(place + "control/t", 0o755, head + RUNIT_TERM % plan.grace)
+        yield File(place + "finish", 0o755, head + RUNIT_FINISH)
+        yield File(place + "run", 0o755, head + RUNIT_RUN % dict(
+            plan._asdict(), root=shell_quote(plan.root),
+            log=">>%s 2>&1" % shell_quote(log_path(plan, each)) if plan.log else "2>&1",
+            command=shell_quote(prelude + waited(as_str(each.command)))))
+
+
+def kubernetes_word(text):
+    """The text as an element of `command`: $(NAME) is expanded there, and $$ is one $."""
+    import re
+    return re.sub(r"\$+(?=\()|\$\$+", lambda match: match[0] * 2, text)
+
+
+def kubernetes_object(plan, kind, name, component=None, **fields):
+    """An object of the kind, with a mark and the recommended labels."""
+    labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/managed-by": "procrun"}
+    if component:
+        labels["app.kubernetes.io/component"] = component
+    version = "apps/v1" if kind == "Deployment" else "v1"
+    return dict(apiVersion=version, kind=kind, metadata=dict(
+        name=name, annotations={"procrun/made-by": plan.mark}, labels=labels), **fields)
+
+
+KUBERNETES_STOP = "case $(readlink /proc/1/exe) in *sh|*busybox) kill -s TERM -- -1;; esac"
+
+
+def kubernetes_deployment(plan, place, each):
+    """The Deployment of a process type.
+
+    SIGTERM goes to process 1 of the container alone, and a shell there ignores it: so before it,
+    if there is a shell, SIGTERM goes to all others.
+    """
+    labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": each.name}
+    port = plan.base + 100 * place
+    container = dict(
+        name=each.name, image=plan.image,
+        command=["/bin/sh", "-c", kubernetes_word(portable(as_str(each.command)))],
+        env=[dict(name="PORT", value=str(port)),
+             dict(name="PS", valueFrom=dict(fieldRef=dict(fieldPath="metadata.name")))],
+        envFrom=[dict(secretRef=dict(name=plan.app + "-env"))],
+        lifecycle=dict(preStop=dict(exec=dict(command=["/bin/sh", "-c", KUBERNETES_STOP]))))
+    if each.name == "web":
+        container["ports"] = [dict(containerPort=port)]
+    if plan.root:
+        container["workingDir"] = plan.root
+    return kubernetes_object(plan, "Deployment", "%s-%s" % (plan.app, each.name), each.name, spec=dict(
+        replicas=plan.counts[each.name], selector=dict(matchLabels=labels),
+        template=dict(metadata=dict(labels=labels), spec=dict(
+            terminationGracePeriodSeconds=plan.grace, containers=[container]))))
+
+
+def export_kubernetes(plan, instances):
+    """One List: a Secret, a Deployment for each process type, a Service for web."""
+    import json
+    for name, value in plan.variables.items():
+        if not is_text(value.translate({9: "", 10: "", 13: ""})):
+            raise Failure("kubernetes cannot carry the value of %s: it is not text" % name)
+    items = [kubernetes_object(plan, "Secret", plan.app + "-env", stringData=plan.variables)]
+    for place, each in enumerate(plan.types):
+        items.append(kubernetes_deployment(plan, place, each))
+        if each.name == "web":
+            selector = items[-1]["spec"]["selector"]["matchLabels"]
+            items.append(kubernetes_object(plan, "Service", plan.app + "-web", "web", spec=dict(
+                selector=selector, ports=[dict(port=80, targetPort=plan.base + 100 * place)])))
+    yield File(plan.app + ".json", 0o600, json.dumps(
+        dict(apiVersion="v1", kind="List", items=items), indent=2) + "\n")
+
+
+Format = namedtuple("Format", "function help start")
+Format.__doc__ = "An export format: its generator, what it makes, and the command that starts that."
+
+FORMATS = {
+    "upstart": Format(export_upstart, "jobs for /etc/init", "start {app}"),
+    "systemd": Format(export_systemd, "units for /etc/systemd/system",
+                      "systemctl daemon-reload && systemctl enable --now {app}.target"),
+    "launchd": Format(export_launchd, "property lists for /Library/LaunchDaemons",
+                      "launchctl bootstrap system {location}/{app}-*.plist"),
+    "supervisord": Format(export_supervisord, "a file for /etc/supervisor/conf.d",
+                          "supervisorctl update"),
+    "runit": Format(export_runit, "service directories for /etc/sv",
+                    "ln -s {location}/{app}-* /etc/service/"),
+    "kubernetes": Format(export_kubernetes, "Deployments, a Secret and a Service",
+                         "kubectl apply -f {location}/{app}.json"),
+}
+
+
+def plan_problem(plan, format):
+    """What the format cannot carry of this plan, or None."""
+    import re
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
+        return "the app's name `%s` cannot be used; give one of letters, digits, _ . - with -a" % plan.app
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
+        return "the user's name `%s` cannot be used; give another with -u" % plan.user
+    for path in (plan.root, plan.log, plan.location):
+        if not is_text(path) or re.search(r'["\\]|\s$|\s[;#]', path):
+            return "the path `%s` cannot be carried; use one without quotes and backslashes" % (
+                shown(path.encode("utf-8", "surrogateescape")))
+    if format == "systemd" and re.search(r"[*?\[]", plan.location):
+        return "the path `%s` cannot be carried: systemd takes it for a pattern" % plan.location
+    for name in plan.variables:
+        if name[0].isdigit():
+            return "the variable %s cannot be carried: its name starts with a digit" % name
+    if format == "kubernetes":
+        if not plan.image:
+            return "kubernetes needs --image"
+        if plan.log:
+            return "kubernetes keeps the logs itself; leave -l out"
+        for name in [plan.app] + ["%s-%s" % (plan.app, each.name) for each in plan.types]:
+            if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+                return "the name `%s` cannot be used in kubernetes: only a-z, 0-9 and -, at most 63" % name
+    return None
+
+
+def export_files(plan, instances, format):
+    """Return the list of File of an export; raises Failure if there is something that it cannot carry."""
+    problem = plan_problem(plan, format)
+    if problem:
+        raise Failure(problem)
+    for each in instances:
+        if "%s-%d" % (each.type, each.number) in plan.counts:
+            raise Failure("%s and the process type %s-%d would collide; rename one"
+                          % (each.name, each.type, each.number))
+    return list(FORMATS[format].function(plan, instances))
 
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
 
 COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 31 34".split())
-SGR = re.compile(rb"\x1b\[[0-9;:]*m")
+ESCAPE = rb"\x1b\[[0-?]*[ -/]*[@-~]"               # any control sequence (ECMA-48, 5.4)
+COLOUR = rb"\x1b\[[0-9;:]*m"
+# What moves the cursor or erases beyond the line, changes the screen or the terminal's modes.
+ROAMING = rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnrsu]|[78DEMc]|[()#][0-9A-Z])"
 
 
-class Source:
-    """One name in the output: its label, and the line that it has not finished yet."""
-    __slots__ = ("label", "colour", "second", "prefix", "tail")
-
-    def __init__(self, label, colour):
-        self.label, self.colour = label, colour    # str, SGR code as a str
-        self.second, self.prefix = None, b""       # the prefix, and the second it was made for
-        self.tail = bytearray()                    # of the unfinished line, what is not shown yet
-
-
-class Printer:
-    """Turns what processes write into lines behind prefixes, in `queue` (buffers, in order).
-
-    Three rules: a line begins with a prefix and only its own process adds to it; an unfinished
-    line is kept back until show() or until it is CHUNK long; it is ended when another one writes.
-    """
-
-    def __init__(self, style, clock):
-        self.style, self.clock = style, clock
-        self.queue = []
-        self.open = None        # the source whose unfinished line stands at the end of the output
-
-    def prefix(self, source):
-        """The bytes in front of each line of the source, as of now."""
-        now = int(self.clock())
-        if source.second != now:
-            source.second, source.prefix = now, self.style.prefix(source, now)
-        return source.prefix
-
-    def lead(self, source):
-        """What has to come before the next byte of the source's present line."""
-        if self.open is source:
-            return b""
-        return (b"\n" if self.open else b"") + self.prefix(source)
-
-    def feed(self, source, data):
-        """Take bytes of a source: its whole lines are queued, the rest is kept.
-
-        This is the hot path.  It handles chunks, not lines: one replace() puts all prefixes in,
-        and the end that it put one too many on is cut off by a view, not by a copy.
-        """
-        end = data.rfind(b"\n") + 1
-        if end:
-            prefix = self.prefix(source)
-            text = data.replace(b"\n", b"\n" + prefix)
-            surplus = len(prefix) + len(data) - end
-            self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:len(text) - surplus]
-            self.open = None
-            source.tail = bytearray(data[end:])
-        else:
-            source.tail += data
-        if len(source.tail) >= CHUNK:
-            self.show(source)
-
-    def show(self, source):
-        """Queue the unfinished line of a source; it stays open for the source to go on with."""
-        if source.tail:
-            self.queue += self.lead(source), bytes(source.tail)
-            self.open, source.tail = source, bytearray()
-
-    def finish(self, source):
-        """End the line of a source that will write no more."""
-        if source.tail or self.open is source:
-            self.feed(source, b"\n")
+def type_colours(types):
+    """Return {process type: SGR code}, by place in the Procfile."""
+    return {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
 
 
 class Style(namedtuple("Style", "width colour stamp label")):
@@ -389,10 +747,123 @@ class Style(namedtuple("Style", "width colour stamp label")):
                               self.width, source.label)
         return ("\x1b[%sm%s\x1b[0m" % (source.colour, text) if self.colour else text).encode()
 
+    @property
+    def columns(self):
+        """How wide a prefix is on a terminal."""
+        return (self.width + 3 + 9 * self.stamp) * self.label
 
-def type_colours(types):
-    """Return {process type: SGR code}, by place in the Procfile."""
-    return {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
+
+class Source:
+    """One name in the output: its label, and the line that it has not finished yet."""
+    __slots__ = ("label", "colour", "second", "prefix", "tail", "unwanted", "held")
+
+    def __init__(self, label, colour, unwanted=None):
+        self.label, self.colour = label, colour    # str, SGR code as a str
+        self.second, self.prefix = None, b""       # the prefix, and the second it was made for
+        self.tail = bytearray()                    # of the unfinished line, what is not shown yet
+        self.unwanted = unwanted                   # a pattern (bytes) of what is taken out, or None
+        self.held = b""                            # an escape sequence that is not complete yet
+
+    def wanted(self, data):
+        """The data without what is unwanted; an escape sequence cut in two waits for its rest."""
+        import re
+        data = self.held + data
+        cut = re.search(rb"\x1b(?:\[[0-?]{0,30}[ -/]{0,5})?\Z", data)
+        data, self.held = (data[:cut.start()], cut[0]) if cut else (data, b"")
+        return re.sub(self.unwanted, b"", data)
+
+
+class Printer:
+    """Turns what processes write into lines behind prefixes, in `queue` (buffers, in order).
+
+    A line of the output begins with a prefix and only its own process adds to it; an unfinished
+    line is kept back until show() or until it is CHUNK long; it is ended when another one writes.
+
+    One source can be `prompt`, the one that the user is typing at, on a terminal with so many
+    `columns`: its unfinished line is taken away when another one writes, and shown again after it.
+    """
+
+    def __init__(self, style, clock):
+        self.style, self.clock = style, clock
+        self.queue = []
+        self.open = None        # the source whose unfinished line stands at the end of the output
+        self.prompt, self.line, self.columns = None, b"", 80    # line: what the prompt has shown
+
+    def prefix(self, source):
+        """The bytes in front of each line of the source, as of now."""
+        now = int(self.clock())
+        if source.second != now:
+            source.second, source.prefix = now, self.style.prefix(source, now)
+        return source.prefix
+
+    def lead(self, source):
+        """What has to come before the next byte of the source's present line."""
+        if self.open is source:
+            return b""
+        if self.open and self.open is self.prompt:
+            return self.wipe() + self.prefix(source)
+        return (b"\n" if self.open else b"") + self.prefix(source)
+
+    def feed(self, source, data):
+        """Take bytes of a source: its whole lines are queued, the rest is kept.
+
+        This is the hot path.  It handles chunks, not lines: one replace() puts all prefixes in,
+        and the end that it put one too many on is cut off by a view, not by a copy.
+        """
+        if source.unwanted:
+            data = source.wanted(data)
+        end = data.rfind(b"\n") + 1
+        if end:
+            prefix = self.prefix(source)
+            text = data.replace(b"\n", b"\n" + prefix)
+            surplus = len(prefix) + len(data) - end
+            self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:len(text) - surplus]
+            self.open = None
+            source.tail = bytearray(data[end:])
+            if source is self.prompt:
+                self.line = b""
+        else:
+            source.tail += data
+        if len(source.tail) >= CHUNK or source is self.prompt:
+            self.show(source)
+
+    def show(self, source):
+        """Queue the unfinished line of a source; it stays open for the source to go on with."""
+        if source.tail:
+            self.queue += self.lead(source), self.indented(source, bytes(source.tail))
+            if source is self.prompt:
+                self.line = (self.line + source.tail)[-4096:]
+            self.open, source.tail = source, bytearray()
+
+    def finish(self, source):
+        """End the line of a source that will write no more."""
+        source.tail += source.held
+        if source.tail or self.open is source:
+            source.unwanted = None
+            self.feed(source, b"\n")
+
+    # -- the prompt
+
+    def indented(self, source, text):
+        """The text of a source; the prompt's carriage returns lead to the end of its prefix."""
+        if source is not self.prompt or not self.style.columns:
+            return text
+        return text.replace(b"\r", b"\r\x1b[%dC" % self.style.columns)
+
+    def wipe(self):
+        """What takes the prompt's line off the terminal."""
+        import re
+        text = re.sub(ESCAPE + rb"|[\0-\x0c\x0e-\x1f]", b"", self.line).decode("utf-8", "replace")
+        longest = self.style.columns + max(map(len, text.split("\r")))
+        rows = max(0, longest - 1) // max(1, self.columns)
+        return b"\r" + b"\x1b[%dA" % rows * bool(rows) + b"\x1b[J"
+
+    def restore(self):
+        """Show the prompt again, if another one has written."""
+        if self.line and self.open is not self.prompt:
+            self.queue += (b"\n" if self.open else b"", self.prefix(self.prompt),
+                           self.indented(self.prompt, self.line))
+            self.open = self.prompt
 
 
 # Shutdown: what to send, and when ----------------------------------------------------------------
@@ -405,13 +876,13 @@ def ladder(now, grace, patience):
 
     `patience` is the time after which the user is told who is waited for.
     """
-    steps = [(now, signal.SIGTERM), (now + patience, TELL)] if grace else []
+    steps = [(now, signal.SIGTERM), (now + min(patience, grace), TELL)] if grace else []
     return steps + hurried(now + grace)
 
 
-def hurried(now):
-    """The last steps alone: SIGKILL now."""
-    return [(now, signal.SIGKILL), (now + LAST, GIVE_UP)]
+def hurried(when):
+    """The last steps alone."""
+    return [(when, signal.SIGKILL), (when + LAST, GIVE_UP)]
 
 
 def due(steps, now):
@@ -419,21 +890,18 @@ def due(steps, now):
     return [what for when, what in steps if when <= now], [each for each in steps if each[0] > now]
 
 
+def until(times):
+    """Seconds until the first of some times (monotonic); None if there is none."""
+    return max(0, min(times) - time.monotonic()) if times else None
+
+
 # Everything above is pure; everything below talks to the kernel.
 
 def complain(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail."""
     try:
-        os.write(2, "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "replace"))
+        os.write(2, "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "backslashreplace"))
     except OSError:
-        pass
-
-
-def kill_quietly(pid, number):
-    """os.kill() of a process that may be gone, or not ours to signal."""
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
         pass
 
 
@@ -445,9 +913,43 @@ def close_quietly(fd):
         pass
 
 
+def open_fds():
+    """The numbers of the open file descriptors, as a list (of a moment ago: one may be closed)."""
+    return [int(name) for name in os.listdir("/dev/fd")]
+
+
+def read_some(fd):
+    """Return bytes that can be read now, b"" at the end of the output, None if there are none."""
+    try:
+        return os.read(fd, CHUNK)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno == errno.EIO:    # how a PTY says that its last writer is gone
+            return b""
+        raise
+
+
+def widen(fd, capacity):
+    """Give a pipe this capacity (bytes) where the system can: fewer, larger reads."""
+    try:
+        import fcntl
+        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), capacity)
+    except OSError:
+        pass    # not Linux, not a pipe, or beyond the user's share: it works with less
+
+
 # Signals: asynchronous -> readable ---------------------------------------------------------------
 
 CAUGHT = "INT TERM HUP QUIT USR1 USR2 TSTP CONT CHLD WINCH".split()
+
+
+def signal_pipe():
+    """Have each signal written to a pipe as a byte; return its ends, neither of which blocks."""
+    ends = os.pipe()
+    for fd in ends:
+        os.set_blocking(fd, False)
+    return ends
 
 
 class Signals:
@@ -459,11 +961,9 @@ class Signals:
     def __enter__(self):
         self.caught = [getattr(signal, "SIG" + name) for name in CAUGHT]
         # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            self.caught.remove(signal.SIGHUP)
-        self.fd, self.wakeup = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self.wakeup, False)
+        self.ignored = {each for each in [signal.SIGHUP] if signal.getsignal(each) == signal.SIG_IGN}
+        self.caught = [each for each in self.caught if each not in self.ignored]
+        self.fd, self.wakeup = signal_pipe()
         self.old_wakeup = signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
         self.old = [(each, signal.signal(each, lambda *args: None)) for each in self.caught]
         self.old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -481,45 +981,25 @@ class Signals:
 
     def arrived(self):
         """Return the signals that came since the last call, each once, in their order."""
-        try:
-            return list(dict.fromkeys(os.read(self.fd, 1 << 16)))
-        except BlockingIOError:
-            return []
-
-    def fork(self):
-        """os.fork() with the caught signals blocked, so that none is lost between two owners.
-
-        The parent's mask is restored here, the child's by restore_signals().
-        """
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.caught)
-        try:
-            pid = os.fork()
-        except OSError:
-            pid = None
-            raise
-        finally:
-            if pid != 0:
-                signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        return pid
+        return list(dict.fromkeys(read_some(self.fd) or b""))
 
 
-def restore_signals(keep=()):
-    """In a forked child: default dispositions, but for those in `keep`, and an empty mask.
+def default_signals(keep):
+    """Default dispositions, but for the signals in `keep`: what a program expects to be born with.
 
-    The wake-up fd goes first, or a signal that arrives here is written into the parent's pipe.
+    CPython ignores SIGPIPE and SIGXFSZ, and procrun may have been started with others ignored.
     """
-    signal.set_wakeup_fd(-1)
     for number in range(1, signal.NSIG):
         if number not in keep and signal.getsignal(number) not in (signal.SIG_DFL, None):
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-# Guard: the set outlives nobody ------------------------------------------------------------------
-
-def open_fds():
-    """The numbers of the open file descriptors, as a list (of a moment ago: one may be closed)."""
-    return [int(name) for name in os.listdir("/dev/fd")]
+def signal_name(number):
+    """SIGTERM for 15; a number for real-time signals."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal %d" % number
 
 
 def signal_group(group, number):
@@ -531,190 +1011,43 @@ def signal_group(group, number):
     return True
 
 
-def guarded_groups(fd):
-    """Read "+group" and "-group" lines to the end of file; return the groups that are left."""
-    groups, data = {}, b""
-    while True:
-        chunk = os.read(fd, 4096)
-        if not chunk:
-            return list(groups)
-        *lines, data = (data + chunk).split(b"\n")
-        for line in lines:
-            if line.startswith(b"+"):
-                groups[int(line)] = True
-            else:
-                groups.pop(-int(line), None)
-
-
-def remaining(sessions):
-    """Return what is left of the sessions, as ids for os.kill(); `sessions` (a set) may grow.
-
-    On Linux these are the living processes of the sessions and all their descendants, which are
-    found even if they have left; elsewhere the groups in which there is anything.
-    """
-    try:
-        names = [name for name in os.listdir("/proc") if name.isdigit()]
-    except OSError:
-        names = []
-    if not names:
-        return [-group for group in sessions if signal_group(group, 0)]
-    table = dict(filter(None, map(parentage, names)))
-    size = None
-    while size != len(sessions):
-        size = len(sessions)
-        sessions.update(session for parent, session in list(table.values())
-                        if table.get(parent, (0, 0))[1] in sessions)
-    return [pid for pid, (_, session) in table.items() if session in sessions]
-
-
-def parentage(name):
-    """Return (pid, (parent, session)) of a living process by its name in /proc, or None."""
-    try:
-        with open("/proc/%s/stat" % name, "rb") as file:
-            state, parent, _, session = file.read().rpartition(b")")[2].split()[:4]
-    except OSError:
-        return None
-    return None if state in b"ZX" else (int(name), (int(parent), int(session)))
-
-
-def put_down(groups, grace):
-    """SIGTERM to all that is left of the groups, and after the grace period SIGKILL.
-
-    Nothing tells a process that is not the parent when others have ended (a pidfd tells of one
-    process, not of a group), so this looks 50 times a second, for the grace period at most.
-    """
-    sessions, told = set(groups), set()
-    deadline = time.monotonic() + grace
-    while sessions and time.monotonic() < deadline + LAST:
-        left = remaining(sessions)
-        if not left:
-            break
-        killing = time.monotonic() >= deadline
-        for each in left if killing else set(left) - told:
-            kill_quietly(each, signal.SIGKILL if killing else signal.SIGTERM)
-            kill_quietly(each, signal.SIGCONT)
-        told.update(left)
-        select.select((), (), (), 0.02)
-
-
-class Guard:
-    """A process that ends when procrun does, and then puts down the groups that it was told of.
-
-    It holds the only read end of a pipe; procrun holds the write end, and each child until it has
-    called exec: it announces itself there, so no moment is left in which nobody knows of it.
-    """
-
-    def __init__(self, signals, grace):
-        reading, self.fd = os.pipe()
-        self.pid = signals.fork()
-        if not self.pid:
-            self.watch(reading, grace)
-        os.close(reading)
-
-    @staticmethod
-    def watch(fd, grace):
-        """The forked side.  A session of its own: neither Ctrl-C nor a closed terminal reach it."""
+def signal_leader(pid, number):
+    """Send a signal to a leader's group, or to the leader where there is no group yet: between fork
+    and setsid.  Only while it is not reaped."""
+    if not signal_group(pid, number):
         try:
-            signal.set_wakeup_fd(-1)
-            for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
-                signal.signal(number, signal.SIG_IGN)
-            os.setsid()
-            os.chdir("/")
-            for other in open_fds():
-                if other != fd:
-                    close_quietly(other)
-            put_down(guarded_groups(fd), grace)
-        finally:
-            os._exit(0)
-
-    def forget(self, group):
-        """The group is empty: its id may soon be somebody else's."""
-        try:
-            os.write(self.fd, b"-%d\n" % group)
-        except OSError:
-            pass    # the guard was killed
-
-    def dismiss(self):
-        """Nothing is left to guard: let it end, and reap it."""
-        os.close(self.fd)
-        try:
-            os.waitpid(self.pid, 0)
-        except ChildProcessError:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
             pass
 
 
 # Child: one instance, forked ---------------------------------------------------------------------
 
-Ground = namedtuple("Ground", "root variables stdin report guard limits ignored")
-Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to
-bytes) before the instance's own part, the file descriptors of their stdin, of the pipe for failures
-before exec, and of the guard; RLIMIT_NOFILE to restore or None; the signals to leave ignored."""
-
-
-def become(ground, instance, output):
-    """The forked side of a child: never returns.  A failure is reported as "pid errno" line."""
-    try:
-        os.setsid()
-        try:
-            os.write(ground.guard, b"+%d\n" % os.getpid())
-        except OSError:
-            pass    # the guard was killed; the child is no worse off than without one
-        os.dup2(ground.stdin, 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if ground.limits:
-            import resource
-            resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
-        restore_signals(ground.ignored)
-        os.chdir(ground.root)
-        os.execve("/bin/sh", [b"sh", b"-c", instance.command],
-                  instance_variables(ground.variables, instance))
-    except OSError as error:
-        os.write(ground.report, b"%d %d\n" % (os.getpid(), error.errno))
-    finally:
-        os._exit(127)
-
-
-def read_some(fd):
-    """Return bytes that can be read now, b"" at the end of the output, None if there are none."""
-    try:
-        return os.read(fd, CHUNK)
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        if error.errno == errno.EIO:    # how a PTY says that its last writer is gone
-            return b""
-        raise
-
-
 class Child:
-    """One instance, forked.  It is done when its exit status is known and its output at its end."""
-    __slots__ = ("instance", "source", "pid", "fd", "status", "began", "told")
+    """One instance; the pipe or PTY of its output; what is known of it.
 
-    def __init__(self, instance, source):
-        self.instance, self.source = instance, source
-        self.pid = self.fd = self.status = None    # status: as of subprocess, -N for signal N
+    It is done when its exit status is known and its output at its end.
+    """
+    __slots__ = ("place", "instance", "source", "terminal", "fd", "output", "pid", "status", "began")
+
+    def __init__(self, place, instance, source, terminal):
+        self.place, self.instance, self.source = place, instance, source
+        self.terminal = terminal                # whether it gets a PTY
+        self.fd = self.output = None            # the end that procrun reads, and the other one
+        self.pid = self.status = None           # status: as of subprocess, -N for signal N
         self.began = time.monotonic()
-        self.told = False                          # whether its exit is on the output
 
-    def spawn(self, signals, ground, capacity):
-        """Fork and exec; raises OSError if a pipe or the fork is not to be had."""
-        self.fd, output = os.pipe()
-        try:
-            os.set_blocking(self.fd, False)
-            widen(output, capacity)
-            self.pid = signals.fork()
-            if not self.pid:
-                become(ground, self.instance, output)
-        finally:
-            os.close(output)
+    def open(self, capacity, echo):
+        """Make its pipe of this capacity (bytes), or its PTY; raises OSError."""
+        if self.terminal:
+            self.fd, self.output = os.openpty()
+            prepare_terminal(self.output, echo)
+        else:
+            self.fd, self.output = os.pipe()
+            widen(self.output, capacity)
+        os.set_blocking(self.fd, False)
 
-    def kill(self, number):
-        """Send a signal to its group; only while its leader is not reaped."""
-        # Between fork and setsid there is no group yet, but the leader can be reached.
-        if not signal_group(self.pid, number):
-            kill_quietly(self.pid, number)
-
+    @property
     def ending(self):
         """How it ended, in words."""
         if self.status >= 0:
@@ -722,45 +1055,62 @@ class Child:
         return "terminated by " + signal_name(-self.status)
 
 
-def widen(fd, capacity):
-    """Give a pipe this capacity (bytes) where the system can: fewer, larger reads."""
+def prepare_terminal(fd, echo):
+    """Have a new PTY pass output as it is (no CR before LF), and echo input or not."""
+    import termios
+    modes = termios.tcgetattr(fd)
+    modes[1] &= ~termios.OPOST
+    if not echo:
+        modes[3] &= ~termios.ECHO
+    termios.tcsetattr(fd, termios.TCSANOW, modes)
+
+
+def resize(fd, columns, rows):
+    """Set the window size of a PTY; its processes get SIGWINCH."""
+    import fcntl
+    import struct
+    import termios
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+Ground = namedtuple("Ground", "root variables stdin limits ignored")
+Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to bytes)
+before the instance's own part, the fd of their stdin, RLIMIT_NOFILE to restore or None, the signals
+to leave ignored."""
+
+
+def become(ground, child, reports):
+    """The forked side of a child; never returns.  All signals are blocked here until it is ready.
+
+    It reports itself before exec, so that this is known before any of its output; and a failure.
+    """
     try:
-        import fcntl
-        fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), capacity)
-    except OSError:
-        pass    # not Linux, not a pipe, or beyond the user's share: it works with less
+        signal.set_wakeup_fd(-1)    # or a signal that arrives here is taken for the guard's
+        os.setsid()
+        os.write(reports, b"started %d %d\n" % (child.place, os.getpid()))
+        environment = {**ground.variables, **child.instance.variables}
+        if child.terminal:
+            import fcntl
+            import termios
+            fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
+            environment.setdefault(b"TERM", b"dumb")
+        os.dup2(child.output if child.terminal else ground.stdin, 0)
+        os.dup2(child.output, 1)
+        os.dup2(child.output, 2)
+        if ground.limits:
+            import resource
+            resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
+        os.chdir(ground.root)
+        default_signals(ground.ignored)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.execve("/bin/sh", [b"/bin/sh", b"-c", child.instance.command], environment)
+    except OSError as error:
+        os.write(reports, b"failed %d %d\n" % (child.place, error.errno))
+    finally:
+        os._exit(127)
 
 
-def signal_name(number):
-    """SIGTERM for 15; a number for real-time signals."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "signal %d" % number
-
-
-def peek():
-    """Return (pid, status) of a dead child that is not reaped yet, or (None, None)."""
-    try:
-        if not hasattr(os, "waitid"):    # macOS before Python 3.13: reaped here already
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-            return (pid, code) if pid else (None, None)
-        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return None, None
-    if info is None:
-        return None, None
-    return info.si_pid, info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
-
-
-def bury(pid):
-    """Reap a child that peek() has shown."""
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass
-
+# Guard: the set outlives nobody ------------------------------------------------------------------
 
 def become_subreaper():
     """Have orphaned descendants become our children (Linux); return whether that is so."""
@@ -782,6 +1132,199 @@ def own_children():
         return set()
 
 
+def peek():
+    """Return (pid, status) of a dead child that is not reaped yet, or (None, None).
+
+    Raises ChildProcessError if there is no child at all.
+    """
+    if not hasattr(os, "waitid"):    # macOS before Python 3.13: reaped here already
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return (pid, code) if pid else (None, None)
+    info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    if info is None:
+        return None, None
+    return info.si_pid, info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+
+
+class Guard:
+    """The parent of all children: a process that forks, signals and reaps them, and ends with them.
+
+    It reads orders, each a byte, a signal for all groups; their end means that procrun is gone: then
+    SIGTERM, after the grace period SIGKILL.  It reports, in lines, `started PLACE PID`, `failed
+    PLACE ERRNO`, `ended PLACE STATUS`, `killed 0 PID` (an adopted process); the end of the reports
+    means that nothing is left.
+    """
+
+    def __init__(self, ground, children, grace, terminal):
+        self.ground, self.waiting, self.grace = ground, list(children), grace
+        self.terminal = terminal    # the path and modes to restore if procrun is killed, or None
+        self.leaders = {}           # process id -> Child, not reaped
+        self.orphaned = set()       # groups that outlived their leader, where none is adopted
+        self.last = None            # SIGTERM or SIGKILL once it was sent
+        self.told = set()           # groups that got it
+        self.killed = set()         # adopted processes that were reported as killed
+        self.steps = []
+        self.childless = self.over = False
+
+    def fork(self):
+        """Fork it; return its process id, the fd for orders and the fd of the reports."""
+        orders, self.orders = os.pipe()
+        self.reports, reports = os.pipe()
+        everything = signal.valid_signals()
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, everything)
+        pid = None
+        try:
+            pid = os.fork()
+        finally:
+            if pid != 0:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if pid == 0:
+            try:
+                self.run(orders, reports)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(orders)
+        os.close(reports)
+        return pid, self.orders, self.reports
+
+    def run(self, orders, reports):
+        """The forked side.  A session of its own, and all signals but SIGCHLD blocked for ever:
+        neither Ctrl-C nor a closed terminal reach it, and it holds nothing that others wait for."""
+        os.setsid()
+        os.chdir("/")
+        keep = {orders, reports, self.ground.stdin, *(child.output for child in self.waiting)}
+        for fd in set(open_fds()) - keep:
+            close_quietly(fd)
+        self.reports = reports
+        self.adopts = become_subreaper()
+        signals, wakeup = signal_pipe()
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(orders, selectors.EVENT_READ, self.on_order)
+        self.selector.register(signals, selectors.EVENT_READ, read_some)
+        while self.waiting or self.orphaned or not (self.childless or self.over):
+            self.turn()
+
+    def turn(self):
+        """Wait for something to happen, and act upon it; between two forks, do not wait."""
+        times = [when for when, _ in self.steps[:1]]
+        if self.waiting or (self.last and self.orphaned):    # nothing tells when orphans end
+            times.append(time.monotonic() + (0 if self.waiting else 0.05))
+        for key, _ in self.selector.select(until(times)):
+            key.data(key.fd)
+        whats, self.steps = due(self.steps, time.monotonic())
+        for what in whats:
+            if what is GIVE_UP:
+                self.over, self.orphaned = True, set()
+            else:
+                self.send(what)
+        if self.waiting:
+            self.spawn(self.waiting.pop(0))
+        self.reap()
+
+    def on_order(self, fd):
+        """procrun orders a signal, or is gone."""
+        orders = os.read(fd, 4096)
+        for number in orders:
+            self.send(signal.Signals(number))
+        if not orders:
+            self.selector.unregister(fd)
+            if self.terminal:
+                restore_terminal(*self.terminal)
+            if not self.last:
+                self.send(signal.SIGTERM)
+            killing = self.last == signal.SIGKILL
+            self.steps = hurried(time.monotonic() + (0 if killing else self.grace))
+
+    def report(self, line):
+        """Write a line (bytes) to procrun, which may be gone."""
+        try:
+            os.write(self.reports, line + b"\n")
+        except BrokenPipeError:
+            pass
+
+    def spawn(self, child):
+        """Fork a child, with all signals blocked: none is lost between two owners."""
+        pid, mask = None, signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if not pid:
+                become(self.ground, child, self.reports)
+            self.leaders[pid] = child
+            self.childless = False
+        except OSError as error:
+            self.waiting.clear()
+            self.report(b"failed %d %d" % (child.place, error.errno))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(child.output)
+
+    def adopted(self):
+        """The children that it did not fork: what leaders left behind when they died."""
+        return own_children() - set(self.leaders) if self.adopts else set()
+
+    def groups(self):
+        """The groups of all children: an unreaped child keeps its group's id from being reused."""
+        return set(self.leaders) | set(map(os.getpgid, self.adopted())) | self.orphaned
+
+    def send(self, number):
+        """Signal all groups."""
+        if number in (signal.SIGTERM, signal.SIGKILL):
+            self.waiting.clear()
+            self.last, self.told = number, set()
+            self.pursue()
+        else:
+            for group in self.groups():
+                signal_leader(group, number)
+
+    def pursue(self):
+        """During a shutdown: the last signal to the groups that did not get it, as they turn up."""
+        groups = self.groups() - self.told
+        for group in groups:
+            signal_leader(group, self.last)
+            signal_leader(group, signal.SIGCONT)    # or a stopped one would not see its SIGTERM
+        if self.last == signal.SIGTERM:
+            self.told |= groups
+            return
+        for pid in self.adopted() - self.killed:
+            self.killed.add(pid)
+            self.report(b"killed 0 %d" % pid)
+
+    def reap(self):
+        """Look at each dead child, act, and only then reap it: until then its id is its own."""
+        try:
+            pid, status = peek()
+            while pid:
+                child = self.leaders.pop(pid, None)
+                if child and not self.adopts and signal_group(pid, self.last or 0):
+                    self.orphaned.add(pid)
+                if hasattr(os, "waitid"):
+                    os.waitpid(pid, 0)
+                if child:
+                    self.report(b"ended %d %d" % (child.place, status))
+                pid, status = peek()
+        except ChildProcessError:
+            self.childless = True
+        self.orphaned = {group for group in self.orphaned if signal_group(group, 0)}
+        if self.last and not self.childless:
+            self.pursue()
+
+
+def restore_terminal(path, raw, old):
+    """Give a terminal its old modes back, if it still has the raw ones (it may be another by now)."""
+    import termios
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        if termios.tcgetattr(fd) == raw:
+            termios.tcsetattr(fd, termios.TCSANOW, old)
+        os.close(fd)
+    except (OSError, termios.error):
+        pass    # it is gone
+
+
 # Sink: lines -> stdout ---------------------------------------------------------------------------
 
 class Sink:
@@ -792,9 +1335,9 @@ class Sink:
         self.fd, self.full, self.error = fd, False, None
         self.moved = 0            # bytes written so far
         self.most = None          # bytes to write at once, None: any number
-        mode = os.fstat(fd).st_mode
-        self.waits = not (stat.S_ISREG(mode) or stat.S_ISBLK(mode) or os.path.samestat(
-            os.fstat(fd), os.stat(os.devnull)))
+        mode, null = os.fstat(fd), os.stat(os.devnull)
+        self.waits = not (stat.S_ISREG(mode.st_mode) or stat.S_ISBLK(mode.st_mode)
+                          or os.path.samestat(mode, null))
         if self.waits:
             self.open_again()
 
@@ -812,7 +1355,11 @@ class Sink:
 
     def ready(self):
         """Whether a write can be tried without blocking."""
-        return not self.most or bool(select.select((), (self.fd,), (), 0)[1])
+        if not self.most:
+            return True
+        with selectors.SelectSelector() as selector:
+            selector.register(self.fd, selectors.EVENT_WRITE)
+            return bool(selector.select(0))
 
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes."""
@@ -841,12 +1388,66 @@ class Sink:
         return True
 
 
+# Keyboard: keys -> bytes -------------------------------------------------------------------------
+
+class Keyboard:
+    """The user's terminal (fd 0) while one instance is attached: it passes each key on as it is."""
+
+    def __init__(self):
+        import termios
+        self.old, modes = termios.tcgetattr(0), termios.tcgetattr(0)
+        modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
+        modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
+        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+        self.raw = modes
+        self.keys = {self.old[6][getattr(termios, "V" + name)]: getattr(signal, "SIG" + number)
+                     for name, number in (("INTR", "INT"), ("QUIT", "QUIT"), ("SUSP", "TSTP"))}
+        self.interrupted = float("-inf")    # when SIGINT's key was last pressed
+        self.take()
+        self.raw = termios.tcgetattr(0)     # as the terminal has it
+
+    def take(self):
+        """Have the keys passed on."""
+        import termios
+        termios.tcsetattr(0, termios.TCSANOW, self.raw)
+
+    def give_back(self):
+        """Have the terminal as it was."""
+        import termios
+        try:
+            termios.tcsetattr(0, termios.TCSANOW, self.old)
+        except termios.error:
+            pass    # it is gone
+
+    def split(self, typed):
+        """Yield (signal or None, bytes) for the keys that stand for signals, and what is between."""
+        import re
+        for part in filter(None, re.split(b"([%s])" % re.escape(b"".join(self.keys)), typed)):
+            yield self.keys.get(part), part
+
+
 # Supervisor: the set -----------------------------------------------------------------------------
 
-class Options(namedtuple("Options", "grace can_die quiet strip")):
-    """How a set is run: grace period (seconds), the instances whose exit 0 does not end it, those
-    whose output is dropped, and whether the children's colours are."""
-    __slots__ = ()
+Options = namedtuple("Options", "grace can_die quiet")
+Options.__doc__ = """How a set is run: grace period (seconds); the instances whose exit 0 does not end
+it; the instances whose output is dropped."""
+
+ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+
+
+def ports_taken(ports):
+    """Return those of the ports that somebody listens on."""
+    import _socket    # the module that socket wraps; that one would take 3 ms to import
+    taken = []
+    for port in ports:
+        probe = _socket.socket()
+        probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            taken += [port] * (error.errno == errno.EADDRINUSE)
+        probe.close()
+    return taken
 
 
 class Supervisor:
@@ -855,93 +1456,108 @@ class Supervisor:
     def __init__(self, options, printer, sink, signals):
         self.options, self.printer, self.sink, self.signals = options, printer, sink, signals
         self.system = Source("system", "37")
-        self.children = {}         # process id -> Child
-        self.undone = 0            # children that are not done
         self.partial = {}          # Child with an unfinished line -> when to show it; in that order
         self.steps = []            # what is left of the shutdown
         self.status = None         # the exit status, from the begin of the shutdown on
-        self.over = False          # the shutdown has been given up, or is complete
-        self.killed = []           # names of instances that got SIGKILL
-        self.warned = set()        # adopted processes that got SIGTERM
-        self.failed = set()        # process ids that never came to exec
-        self.adopts = become_subreaper()
+        self.patience = 0          # until when (monotonic) a stdout that takes nothing is waited for
+        self.moved = 0             # what stdout had taken when that was last looked at
+        self.over = False          # nothing is left, or the shutdown has been given up
+        self.killed = []           # what got SIGKILL: names of instances, "process N"
+        self.attached = self.keyboard = self.guard_status = None
+        self.typed = bytearray()   # what the attached child has not taken yet
+        self.report_text = b""
+        become_subreaper()         # for the case that the guard is killed
         self.strangers = own_children()    # a shell's that exec'ed procrun, say: not ours to end
         self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
-        for selector in (self.busy, self.stalled):
-            selector.register(signals.fd, selectors.EVENT_READ, self.on_signals)
+        self.watch(signals.fd, self.on_signals)
         if sink.waits:
             self.stalled.register(sink.fd, selectors.EVENT_WRITE, self.flush)
 
-    def run(self, instances, colours, ground):
-        """Run the instances; return the exit status."""
-        self.guard = Guard(self.signals, self.options.grace)
-        self.strangers.add(self.guard.pid)
+    def run(self, children, ground, attached):
+        """Run the children; return the exit status."""
+        self.children, self.left = children, set(children)
         try:
-            self.start(instances, colours, ground._replace(guard=self.guard.fd))
+            self.start(ground, attached)
             while not self.finished():
                 self.turn()
-            self.conclude()
         finally:
             self.put_down()
         return self.status
 
+    def watch(self, fd, method):
+        """Call the method when the fd can be read, whether stdout takes anything or not."""
+        self.busy.register(fd, selectors.EVENT_READ, method)
+        self.stalled.register(fd, selectors.EVENT_READ, method)
+
     # -- start
 
-    def start(self, instances, colours, ground):
-        """Fork all instances; they report on one pipe, which is at its end when all have exec'ed."""
-        reports, report = os.pipe()
-        os.set_blocking(reports, False)
+    def start(self, ground, attached):
+        """Fork the guard, which forks the children."""
+        taken = ports_taken([child.instance.port for child in self.children])
+        for child in self.children:
+            if child.instance.port in taken:
+                self.say("%s: port %d is already in use" % (child.instance.name, child.instance.port))
         stdin, self.unwritten = os.pipe()
-        self.reports, self.report_text = reports, b""
-        ground = ground._replace(report=report, stdin=stdin)
-        capacity = 1 << max(16, min(20, (1 << 23) // len(instances)).bit_length() - 1)
-        self.busy.register(reports, selectors.EVENT_READ, self.on_reports)
-        try:
-            for instance in instances:
-                child = Child(instance, Source(instance.name, colours[instance.type]))
-                child.spawn(self.signals, ground, capacity)
-                self.add(child)
-        except OSError as error:
-            self.fail("%s: cannot start: %s" % (instance.name, error.strerror))
-        finally:
-            os.close(report)
-            os.close(stdin)
-        self.flush()
+        terminal = None
+        if attached:
+            self.attach(attached)
+            terminal = os.ttyname(0), self.keyboard.raw, self.keyboard.old
+        guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, terminal)
+        self.guard, self.orders, self.reports = guard.fork()
+        os.set_blocking(self.reports, False)
+        self.watch(self.reports, self.on_reports)
+        os.close(stdin)
+        for child in self.children:
+            os.close(child.output)
+            self.busy.register(child.fd, selectors.EVENT_READ, partial(self.on_output, child))
+        self.resize()
 
-    def add(self, child):
-        """A child was forked: know it, say so, read it."""
-        self.children[child.pid] = child
-        self.undone += 1
-        self.busy.register(child.fd, selectors.EVENT_READ, lambda: self.on_output(child))
-        self.say("started with pid %d, PORT=%d" % (child.pid, child.instance.port), child.source)
+    def attach(self, child):
+        """Give the keyboard to a child."""
+        self.attached = child
+        self.printer.prompt = child.source
+        self.keyboard = Keyboard()
+        self.watch(0, self.on_keys)
+
+    def order(self, number):
+        """Have the guard signal all groups."""
+        try:
+            os.write(self.orders, bytes([number]))
+        except OSError:
+            pass    # it has ended, or was killed
 
     def fail(self, message):
         """procrun cannot go on: say so, end the set with status 1."""
-        complain(message)
-        self.begin(1, None)
+        if self.status is None:
+            complain(message)
+            self.begin(1)
 
     # -- output
 
     def say(self, text, source=None):
         """A line of procrun's own."""
-        source = source or self.system
-        self.printer.feed(source, text.encode() + b"\n")
+        self.printer.feed(source or self.system, text.encode() + b"\n")
 
     def flush(self):
         """Write what is queued, as far as stdout takes it."""
+        self.printer.restore()
         self.sink.write(self.printer.queue)
-        if self.sink.error and not self.over and self.status is None:
+        if self.sink.error and self.status is None:
             self.lost_output(self.sink.error)
 
     def lost_output(self, error):
         """Nobody reads any more, or the disk is full: that ends the set, as SIGPIPE ends others."""
         if error.errno in (errno.EPIPE, errno.EIO):
-            self.begin(128 + signal.SIGPIPE, None)
+            self.begin(128 + signal.SIGPIPE)
         else:
             self.fail("cannot write the output: %s" % error.strerror)
 
     def on_output(self, child):
-        """A child has written, or its output is at its end."""
+        """A child has written, or its output is at its end; or it takes what is typed again."""
+        if self.typed and child is self.attached:
+            self.type(b"")
+        if child.pid is None:
+            self.on_reports()    # it reported itself before it wrote anything
         if child.fd is None or self.sink.full:
             return
         data = read_some(child.fd)
@@ -952,7 +1568,7 @@ class Supervisor:
 
     def take(self, child, data):
         """Pass on what was read from a child."""
-        if self.sink.error or child.instance.name in self.options.quiet:
+        if self.sink.error or child.instance in self.options.quiet:
             return
         self.printer.feed(child.source, data)
         self.partial.pop(child, None)
@@ -983,127 +1599,203 @@ class Supervisor:
 
     def settle(self, child):
         """Tell the exit of a child that is done."""
-        if child.fd is None and child.status is not None and not child.told:
-            child.told = True
-            self.undone -= 1
-            self.say(child.ending(), child.source)
+        if child.fd is None and child.status is not None:
+            self.say(child.ending, child.source)
 
-    # -- signals and exits
+    def show_partial(self):
+        """Show the unfinished lines that have been quiet for long enough."""
+        while self.partial and not self.sink.full:
+            child, when = next(iter(self.partial.items()))
+            if when > time.monotonic():
+                break
+            del self.partial[child]
+            self.printer.show(child.source)
+
+    # -- what the guard reports
 
     def on_reports(self):
-        """Children tell why they could not start; at the end of this pipe all have exec'ed."""
-        if self.reports is None:
+        """Act upon the guard's reports; at their end nothing is left."""
+        data = None if self.reports is None else read_some(self.reports)
+        if data is None:
             return
-        data = read_some(self.reports)
-        if data == b"":
-            self.busy.unregister(self.reports)
-            os.close(self.reports)
-            self.reports = None
-        *lines, self.report_text = (self.report_text + (data or b"")).split(b"\n")
+        *lines, self.report_text = (self.report_text + data).split(b"\n")
         for line in lines:
-            pid, number = map(int, line.split())
-            self.failed.add(pid)
-            self.fail("%s: cannot start: %s" % (self.children[pid].instance.name,
-                                                os.strerror(number)))
+            word, place, value = line.decode().split()
+            getattr(self, "on_" + word)(self.children[int(place)], int(value))
+        if not data:
+            self.on_guard_gone()
+
+    def on_started(self, child, pid):
+        """A child was forked."""
+        child.pid, child.began = pid, time.monotonic()
+        self.say("started with pid %d, PORT=%d" % (pid, child.instance.port), child.source)
+
+    def on_failed(self, child, number):
+        """A child could not be forked, or not come to exec."""
+        self.fail("%s: cannot start: %s" % (child.instance.name, os.strerror(number)))
+
+    def on_killed(self, _, pid):
+        """A process that a leader left behind had to be killed."""
+        self.killed.append("process %d" % pid)
+
+    def on_ended(self, child, status):
+        """A leader has died."""
+        child.status = status
+        self.left.discard(child)
+        if child.fd is None:
+            self.settle(child)
+        else:
+            self.drain(child)
+        if self.status is None and (status != 0 or child.instance not in self.options.can_die):
+            self.begin(status if status >= 0 else 128 - status, child)
+        elif self.status is None and not self.left:
+            self.begin(0)    # all that may die have died
+
+    def on_guard_gone(self):
+        """The guard has ended: nothing is left.  But what a pipe holds is still to be read, and
+        where there is no subreaper, a process that has left its group may hold it."""
+        for selector in (self.busy, self.stalled):
+            selector.unregister(self.reports)
+        os.close(self.reports)
+        self.reports = None
+        if self.bury_guard() != 0:
+            self.take_over()
+            self.fail("the guard was killed")
+        self.steps = [(max(time.monotonic() + LAST, self.patience), GIVE_UP)]
+        for child in self.children:
+            self.drain(child)
+        if self.killed:
+            self.say("killed %d: %s" % (len(self.killed), ", ".join(self.killed)))
+
+    def bury_guard(self):
+        """Reap the guard; return its status, 0 if it did its work."""
+        if self.guard_status is None:
+            self.guard_status = os.waitpid(self.guard, 0)[1]
+        return self.guard_status
+
+    def take_over(self):
+        """The guard was killed: end its children, which are ours now (elsewhere than on Linux, the
+        leaders, by their ids)."""
+        for child in self.left:
+            if child.pid:
+                signal_leader(child.pid, signal.SIGKILL)
+        while own_children() - self.strangers:
+            for pid in own_children() - self.strangers:
+                signal_leader(os.getpgid(pid), signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+    # -- signals and keys
 
     def on_signals(self):
-        """Act upon the signals that arrived; whatever it was, look for dead children as well:
-        SIGCHLDs coalesce."""
+        """Act upon the signals that arrived."""
         for number in self.signals.arrived():
-            if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if number in ENDING:
                 self.on_end(number)
             elif number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
-                self.signal_all(number)
+                self.order(number)
             elif number == signal.SIGTSTP:
                 self.pause()
-        self.reap()
+            elif number == signal.SIGWINCH:
+                self.resize()
+            elif number == signal.SIGCHLD:
+                self.reap()
+
+    def reap(self):
+        """Reap what has ended: the guard, and as process 1 of a container the orphans of others."""
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            while pid:
+                if pid == self.guard:
+                    self.guard_status = status
+                pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            pass
 
     def on_end(self, number):
         """A signal that ends procrun: the first begins the shutdown, a later Ctrl-C hurries it."""
         if self.status is None:
             self.say("%s received, shutting down" % signal_name(number))
-            self.begin(128 + number, None)
+            self.begin(128 + number)
+        elif self.reports is None:
+            self.over = True    # only stdout is waited for
         elif number in (signal.SIGINT, signal.SIGTERM) and not self.killing():
             self.steps = hurried(time.monotonic())
 
     def pause(self):
         """Ctrl-Z: the children are in sessions of their own, where the terminal's SIGTSTP does not
         reach them and their own would be ignored (orphaned groups), so it is SIGSTOP for all."""
-        self.signal_all(signal.SIGSTOP)
+        self.order(signal.SIGSTOP)
+        if self.keyboard:
+            self.keyboard.give_back()
         os.kill(os.getpid(), signal.SIGSTOP)
+        if self.keyboard:
+            self.keyboard.take()
 
-    def reap(self):
-        """Look at each dead child, act, and only then reap it: until then its id is its own."""
-        while True:
-            pid, status = peek()
-            if pid is None:
-                break
-            if pid in self.children:
-                self.on_reports()    # a failure before exec is told before it is an exit
-                self.on_exit(self.children[pid], status)
-            bury(pid)
-            self.strangers.discard(pid)
-            if pid in self.children and not signal_group(pid, 0):
-                self.guard.forget(pid)
-        if self.steps:
-            self.signal_adopted()
+    def resize(self):
+        """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
+        columns, rows = 80, 24
+        if os.isatty(1):
+            self.printer.columns, rows = os.get_terminal_size(1)
+            columns = max(1, self.printer.columns - self.printer.style.columns)
+        for child in self.children:
+            if child.terminal and child.fd is not None:
+                resize(child.fd, columns, rows)
 
-    def on_exit(self, child, status):
-        """A leader has died."""
-        child.status = status
-        ended_by_itself = self.status is None and not (
-            status == 0 and child.instance.name in self.options.can_die)
-        if ended_by_itself:
-            self.begin(status if status >= 0 else 128 - status, child)
-        self.drain(child)
-        self.settle(child)
+    def on_keys(self):
+        """Keys for the attached child; those of signals end the set, or stop it."""
+        typed = read_some(0)
+        if not typed:
+            self.busy.unregister(0)
+            self.stalled.unregister(0)
+        for number, data in self.keyboard.split(typed):
+            now, child = time.monotonic(), self.attached
+            if number == signal.SIGTSTP:
+                self.pause()
+            elif number == signal.SIGINT and self.status is None and child.fd is not None and (
+                    now - self.keyboard.interrupted > 1):
+                self.keyboard.interrupted = now
+                self.type(data)
+            elif number:
+                self.on_end(number)
+            else:
+                self.type(data)
+
+    def type(self, data):
+        """Write to the attached child's PTY; what it does not take now, later."""
+        child = self.attached
+        self.typed += data
+        if child.fd is None:
+            self.typed.clear()
+            return
+        try:
+            del self.typed[:os.write(child.fd, self.typed)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.typed.clear()
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.typed else 0)
+        self.busy.modify(child.fd, events, self.busy.get_key(child.fd).data)
 
     # -- the end
-
-    def signal_all(self, number):
-        """Send a signal to all groups, and to what has left them and was adopted."""
-        for child in self.children.values():
-            # A dead leader's group: on Linux its members are adopted when they are orphans.
-            if child.status is None or (not self.adopts and child.fd is not None):
-                child.kill(number)
-        for pid in self.adopted():
-            kill_quietly(pid, number)
-
-    def adopted(self):
-        """The children that procrun did not fork: what leaders left behind when they died."""
-        return own_children() - self.strangers - set(self.children) if self.adopts else set()
-
-    def signal_adopted(self):
-        """During a shutdown: SIGTERM, once, to the newly adopted; SIGKILL if it has come to that."""
-        for pid in self.adopted():
-            if self.killing():
-                kill_quietly(pid, signal.SIGKILL)
-            elif pid not in self.warned:
-                self.warned.add(pid)
-                kill_quietly(pid, signal.SIGTERM)
-                kill_quietly(pid, signal.SIGCONT)
 
     def killing(self):
         """Whether SIGKILL has been sent."""
         return self.status is not None and all(what is GIVE_UP for _, what in self.steps)
 
-    def begin(self, status, child):
+    def begin(self, status, child=None):
         """Begin the shutdown; `status` is procrun's, `child` the one that caused it, if any did."""
         if self.status is not None:
             return
-        self.status = status
+        self.status, now = status, time.monotonic()
         if child:
-            self.drain(child)
             self.say("%s %s after %.1f s, stopping the rest" % (
-                child.instance.name, child.ending(), time.monotonic() - child.began))
-        patience = 0.1 if os.isatty(1) else 1.0
-        self.steps = ladder(time.monotonic(), self.options.grace, patience)
+                child.instance.name, child.ending, now - child.began))
+            self.patience = now + self.options.grace + LAST
+        self.steps = ladder(now, self.options.grace, 0.1 if os.isatty(1) else 1.0)
         self.obey()
 
     def obey(self):
         """Do what the shutdown has due."""
-        if not self.steps:
-            return
         whats, self.steps = due(self.steps, time.monotonic())
         for what in whats:
             if what is TELL:
@@ -1115,94 +1807,168 @@ class Supervisor:
 
     def send(self, number):
         """SIGTERM or SIGKILL to all that is left."""
-        alive = [each for each in self.children.values() if each.status is None]
-        if alive or self.undone:
+        if self.left:
             self.say("sending %s to all processes" % signal_name(number))
         if number == signal.SIGKILL:
-            self.killed += [each.instance.name for each in alive]
-        self.signal_all(number)
-        if number == signal.SIGTERM:
-            self.warned |= self.adopted()
-            self.signal_all(signal.SIGCONT)    # or a stopped one would not see its SIGTERM
+            self.killed += [child.instance.name for child in self.children if child in self.left]
+        self.order(number)
 
     def tell(self):
         """Say who is waited for."""
-        names = [each.instance.name for each in self.children.values() if each.status is None]
-        names += ["process %d" % pid for pid in sorted(self.adopted())]
-        if names:
-            left = next((when for when, what in self.steps if what == signal.SIGKILL), 0)
+        names = [child.instance.name for child in self.children if child in self.left]
+        left = next((when for when, what in self.steps if what == signal.SIGKILL), None)
+        if self.reports is not None and left is not None:
             self.say("waiting for %s (SIGKILL in %.0f s; Ctrl-C kills now)" % (
-                ", ".join(names), max(0, left - time.monotonic())))
+                ", ".join(names) or "processes that were left behind", left - time.monotonic()))
 
     def give_up(self):
-        """SIGKILL was sent and its time is over.  While stdout takes something, go on; else end:
-        what still holds a pipe has left its group where that cannot be helped (not Linux)."""
-        if self.sink.full and self.sink.moved != self.moved_before:
-            self.moved_before = self.sink.moved
+        """The time is over.  While stdout takes something, go on; else end: what still holds a pipe
+        has left its group where that cannot be helped (not Linux)."""
+        if self.sink.full and self.sink.moved != self.moved:
+            self.moved = self.sink.moved
             self.steps = [(time.monotonic() + LAST, GIVE_UP)]
             return
         self.over = True
-        for child in self.children.values():
+        for child in self.children:
             if child.fd is not None and not self.sink.full:
                 self.drain(child)
-            if child.fd is not None:
+            if child.fd is not None and child.pid:
                 self.say("its output is still held by a process that left its group", child.source)
-                self.close(child)
-
-    moved_before = 0
 
     def finished(self):
-        """Whether every child is done and nothing of theirs is left, or the shutdown was given up."""
-        if self.over:
-            return True
-        if self.undone:
-            return False
-        if self.status is None:
-            self.begin(0, None)    # all that may die have died
-        return not self.printer.queue and not self.adopted()
-
-    def timeout(self):
-        """Seconds until something is due, None if nothing is."""
-        times = [when for when, _ in self.steps[:1]]
-        if self.partial and not self.sink.full:
-            times.append(next(iter(self.partial.values())))
-        return max(0, min(times) - time.monotonic()) if times else None
+        """Whether nothing is left and everything is told, or the shutdown was given up."""
+        return self.over or (self.reports is None and not self.printer.queue
+                             and all(child.fd is None for child in self.children))
 
     def turn(self):
         """Wait for something to happen, and act upon it.  The only place that waits."""
+        times = [when for when, _ in self.steps[:1]]
+        if self.partial and not self.sink.full:
+            times.append(next(iter(self.partial.values())))
         selector = self.stalled if self.sink.full else self.busy
-        for key, _ in selector.select(self.timeout()):
+        for key, _ in selector.select(until(times)):
             key.data()
         self.show_partial()
         self.obey()
         self.flush()
 
-    def show_partial(self):
-        """Show the unfinished lines that have been quiet for long enough."""
-        while self.partial and not self.sink.full:
-            child, when = next(iter(self.partial.items()))
-            if when > time.monotonic():
-                break
-            del self.partial[child]
-            self.printer.show(child.source)
-
-    def conclude(self):
-        """The last line."""
-        if self.killed:
-            self.say("killed %d: %s" % (len(self.killed), ", ".join(self.killed)))
-        self.flush()
-
     def put_down(self):
-        """Whatever happened: leave no child, no helper and no zombie."""
-        for child in self.children.values():
-            if child.status is None:
-                child.kill(signal.SIGKILL)
-        for pid in self.adopted():
-            kill_quietly(pid, signal.SIGKILL)
-        for child in self.children.values():
-            if child.status is None and not self.over:
-                bury(child.pid)
-        self.guard.dismiss()
+        """Whatever happened: leave no child, no guard, and the terminal as it was."""
+        self.order(signal.SIGKILL)
+        os.close(self.orders)
+        if self.reports is not None and self.bury_guard() != 0:
+            self.take_over()
+        if self.keyboard:
+            self.keyboard.give_back()
+
+
+# Files: all of them as a whole, or none ----------------------------------------------------------
+
+def write_new(path, mode, data):
+    """Create a file with this content (bytes), private from its first byte on, and have it on disk."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fchmod(fd, mode)
+        os.fsync(fd)
+
+
+def marked(folder, depth, pattern):
+    """Return the relative paths of the files in the folder, and so many levels deeper, in which the
+    compiled pattern is found; links are not followed, what cannot be read is not ours."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        try:
+            mode = os.lstat(path).st_mode
+            if stat.S_ISDIR(mode) and depth:
+                found += [name + "/" + each for each in marked(path, depth - 1, pattern)]
+            elif stat.S_ISREG(mode):
+                with open(path, "rb") as file:
+                    found += [name] * bool(pattern.search(file.read(CHUNK)))
+        except OSError:
+            pass
+    return found
+
+
+class Installation:
+    """Files on their way to a location (a folder, made if missing): install() or nothing changes."""
+
+    def __init__(self, location, files):
+        self.location, self.files = location, files
+        self.undo = []    # what takes the steps so far back, as (function, arguments)
+
+    def path(self, file, prefix=""):
+        """The path of a file, or of a temporary one beside it."""
+        folder, name = os.path.split(os.path.join(self.location, file.path))
+        return os.path.join(folder, ".%s.%s-%d" % (name, prefix, os.getpid()) if prefix else name)
+
+    def check(self, ours, force):
+        """Raise Failure if a file is in the way that is not among `ours` (relative paths)."""
+        for file in self.files:
+            path = self.path(file)
+            if os.path.isdir(path) and not os.path.islink(path):
+                raise Failure("%s: is a directory; move it away" % path)
+            if os.path.lexists(path) and file.path not in ours and not force:
+                raise Failure("%s: exists and is not of this app and format; "
+                              "move it away, or use --force" % path)
+
+    def make_folder(self, path):
+        """Make a folder and those above it."""
+        if not os.path.isdir(path):
+            self.make_folder(os.path.dirname(path))
+            os.mkdir(path, 0o755)
+            self.undo.append((os.rmdir, path))
+
+    def install(self):
+        """Write all files beside their places, then move them there; raises OSError."""
+        try:
+            for file in self.files:
+                self.make_folder(os.path.dirname(self.path(file)))
+                self.undo.append((os.unlink, self.path(file, "new")))
+                write_new(self.path(file, "new"), file.mode, file.text.encode("utf-8", "surrogateescape"))
+            for file in self.files:
+                self.move(file)
+        except OSError:
+            self.roll_back()
+            raise
+        for function, *paths in self.undo:
+            if function is os.replace:
+                os.unlink(paths[0])
+        for folder in {os.path.dirname(self.path(file)) for file in self.files}:
+            fd = os.open(folder, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+    def move(self, file):
+        """Move a file to its place; what was there is kept by a second name until all is done."""
+        path, old = self.path(file), self.path(file, "old")
+        if os.path.lexists(path):
+            os.link(path, old, follow_symlinks=False)
+            self.undo.append((os.replace, old, path))
+        else:
+            self.undo.append((os.unlink, path))
+        os.replace(self.path(file, "new"), path)
+
+    def roll_back(self):
+        """Have everything as it was."""
+        for function, *paths in reversed(self.undo):
+            try:
+                function(*paths)
+            except OSError:
+                pass    # that step had not been taken
+
+    def remove(self, name):
+        """Remove a file, and its folders as far as they are empty then."""
+        path = os.path.join(self.location, name)
+        os.unlink(path)
+        try:
+            while name.count("/"):
+                path, name = os.path.dirname(path), os.path.dirname(name)
+                os.rmdir(path)
+        except OSError:
+            pass    # not empty
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -1222,8 +1988,10 @@ def read_file(path):
 App = namedtuple("App", "types variables root")
 App.__doc__ = "What the files say: the process types, the variables of .env, the root directory."
 
-EXAMPLE = ("no %s here; write one, a line for each process type, such as:",
-           "    web: python3 -m http.server $PORT", "    worker: python3 worker.py")
+
+def split_names(given):
+    """["a,b", "c"] -> ["a", "b", "c"]."""
+    return [name for each in given or () for name in each.split(",")]
 
 
 def procfile_path(args):
@@ -1235,7 +2003,8 @@ def load_types(args):
     """Read the Procfile."""
     path = procfile_path(args)
     if not args.procfile and not os.path.exists(path):
-        raise Failure(EXAMPLE[0] % path, *EXAMPLE[1:])
+        raise Failure("no %s here; write one, a line for each process type, such as:" % path,
+                      "    web: python3 -m http.server $PORT", "    worker: python3 worker.py")
     return parse_procfile(read_file(path), path)
 
 
@@ -1244,31 +2013,23 @@ def load_app(args, types):
     path = procfile_path(args)
     root = args.root or ("." if path == "-" else os.path.dirname(path))
     default = os.path.join(root, ".env")
-    files = [name for each in args.env or () for name in each.split(",")]
     variables = {}
-    for name in files or [default] * os.path.exists(default):
+    for name in split_names((args.env_before or []) + (args.env or [])) or [default] * os.path.exists(default):
         variables.update(parse_env(read_file(name), name))
     return App(types, variables, os.path.abspath(root))
 
 
-def app_environment(app):
-    """Return the environment of all instances alike: procrun's own, overlaid by .env."""
-    return {b"PYTHONUNBUFFERED": b"1", **os.environb, **app.variables}
-
-
 def planned(args, app):
-    """Return the instances that the command line asks for."""
-    for given in (args.concurrency, args.formation):
-        merged = {}
-        for each in given or ():
-            merged.update(each)
-        if given:
-            break
-    counts = formation(app.types, merged, 0 if args.formation else 1, getattr(args, "names", ()))
-    instances = expand(app.types, counts, base_port(args.port, app.variables, os.environb))
+    """Return ({type: concurrency}, base port, instances) that the command line asks for."""
+    given = {}
+    for each in args.concurrency or args.formation or ():
+        given.update(each)
+    counts = formation(app.types, given, 0 if args.formation else 1, getattr(args, "names", ()))
+    base = base_port(args.port, app.variables, os.environb)
+    instances = expand(app.types, counts, base)
     if not instances:
         raise UsageError("nothing to run: every process type has a count of 0")
-    return instances
+    return counts, base, instances
 
 
 def wants_colour(option, environment, terminal):
@@ -1289,7 +2050,7 @@ def raise_fd_limit(needed):
     if soft == resource.RLIM_INFINITY or needed <= soft:
         return None
     if hard != resource.RLIM_INFINITY and needed > hard:
-        raise Failure("too few file descriptors: %d are needed, the limit is %d (ulimit -n)"
+        raise Failure("too few file descriptors: %d are needed, the limit is %d; raise it (ulimit -n)"
                       % (needed, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return old
@@ -1309,30 +2070,43 @@ def tidy_fds():
             pass    # it was the one that listed them
 
 
+def open_children(args, app, instances):
+    """Return (the children, the attached one or None), with their pipes and PTYs open."""
+    attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
+    if attached and not (os.isatty(0) and os.isatty(1)):
+        raise UsageError("--attach needs a terminal as standard input and output")
+    quiet, colours, children = [], type_colours(app.types), []
+    capacity = 1 << max(16, min(20, (1 << 23) // len(instances)).bit_length() - 1)
+    for place, each in enumerate(instances):
+        terminal, roaming = args.pty or each in attached, args.pty and each not in attached and os.isatty(1)
+        unwanted = [COLOUR] * (args.color == "never") + [ROAMING] * roaming
+        child = Child(place, each, Source(each.name, colours[each.type], b"|".join(unwanted)), terminal)
+        child.open(capacity, each in attached)
+        children.append(child)
+    return children, next((child for child in children if child.instance in attached), None)
+
+
 def cmd_start(args):
     """procrun start: run the formation until it ends."""
     app = load_app(args, load_types(args))
-    instances = planned(args, app)
-    can_die = selected(split_names(args.can_die), instances, "--can-die")
-    quiet = selected(split_names(args.quiet), instances, "--quiet")
+    instances = planned(args, app)[2]
+    options = Options(args.timeout, selected(split_names(args.can_die), instances, "--can-die"),
+                      selected(split_names(args.quiet), instances, "--quiet"))
     if not os.path.isdir(app.root):
         raise Failure("%s: no such directory; it is to be the root directory" % app.root)
     tidy_fds()
+    limits = raise_fd_limit(2 * len(instances) + 20)
     style = Style(max([6] + [len(each.name) for each in instances]),
-                  wants_colour(args.color, os.environ, os.isatty(1)),
-                  args.timestamp, args.prefix)
-    ignored = {each for each in [signal.SIGHUP] if signal.getsignal(each) == signal.SIG_IGN}
-    limits = raise_fd_limit(len(instances) + 20)
-    ground = Ground(app.root, app_environment(app), None, None, None, limits, ignored)
-    options = Options(args.timeout, can_die, quiet, args.color == "never")
+                  wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix)
+    try:
+        children, attached = open_children(args, app, instances)
+    except OSError as error:
+        raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
+    environment = {b"PYTHONUNBUFFERED": b"1", **os.environb, **app.variables}
     with Signals() as signals:
         supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
-        return supervisor.run(instances, type_colours(app.types), ground)
-
-
-def split_names(given):
-    """["a,b", "c"] -> ["a", "b", "c"]."""
-    return [name for each in given or () for name in each.split(",")]
+        ground = Ground(app.root, environment, None, limits, signals.ignored)
+        return supervisor.run(children, ground, attached)
 
 
 def cmd_run(args):
@@ -1343,16 +2117,17 @@ def cmd_run(args):
     known = os.path.exists(procfile_path(args)) or args.procfile
     types = load_types(args) if known and len(command) == 1 else []
     app = load_app(args, types)
-    environment = app_environment(app)
+    environment = {b"PYTHONUNBUFFERED": b"1", **os.environb, **app.variables}
     counts = {each.name: int(each.name == command[0]) for each in types}
     for instance in expand(types, counts, base_port(args.port, app.variables, os.environb)):
-        environment = instance_variables(environment, instance)
+        environment.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     try:
         os.chdir(app.root)
     except OSError as error:
         raise Failure("%s: %s" % (app.root, error.strerror))
-    restore_signals({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT} - {signal.SIGINT})
+    # What CPython ignores; all else is as it was when procrun was started.
+    default_signals(set(signal.valid_signals()) - {signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)})
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
@@ -1373,6 +2148,85 @@ def cmd_version(args):
     return 0
 
 
+def primary_group(user):
+    """The name of the user's group, or None if this machine has no such user."""
+    import grp
+    import pwd
+    try:
+        group = pwd.getpwnam(user).pw_gid
+        return grp.getgrgid(group).gr_name
+    except KeyError:
+        return None
+
+
+def make_plan(args, app, counts, base):
+    """Return the Plan of an export; warns of what this machine lacks."""
+    import shlex
+    name = args.app or os.path.basename(app.root)
+    user = args.user or name
+    group = primary_group(user)
+    log = os.path.abspath(args.log) if args.log else ""
+    if not group and not args.user_units and args.format != "kubernetes":
+        complain("warning: this machine has no user `%s`" % user)
+    if log and not os.path.isdir(log):
+        complain("warning: there is no directory %s; the logs need it" % log)
+    again = [each for each in args.argv if each not in ("--force", "--dry-run")]
+    mark = mark_of(args.format, name) + "Again: cd %s && procrun.py %s" % (
+        shlex.quote(os.getcwd()), " ".join(map(shlex.quote, again)))
+    if not is_text(mark):
+        raise Failure("this command line has characters that a comment cannot carry")
+    variables = {as_str(key): as_str(value) for key, value in
+                 {b"PYTHONUNBUFFERED": b"1", **app.variables}.items() if key not in (b"PORT", b"PS")}
+    root = app.root if args.format != "kubernetes" or args.root else ""
+    return Plan(name, user, group or user, root, log, max(1, -int(-args.timeout // 1)), mark, variables,
+                app.types, counts, base, args.image, args.user_units, os.path.abspath(args.location))
+
+
+def mark_of(format, app):
+    """How the first comment of each file begins."""
+    return "Made by procrun export %s for the app %s. " % (format, app)
+
+
+def tell_export(text):
+    """A line of an export."""
+    print("[procrun export] " + text)
+
+
+def cmd_export(args):
+    """procrun export: write the configuration of a process manager."""
+    import re
+    app = load_app(args, load_types(args))
+    counts, base, instances = planned(args, app)
+    plan = make_plan(args, app, counts, base)
+    files = export_files(plan, instances, args.format)
+    if args.dry_run:
+        hidden = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
+        for file in export_files(hidden, instances, args.format):
+            tell_export("would write: %s (mode %04o)" % (os.path.join(plan.location, file.path), file.mode))
+            sys.stdout.buffer.write(file.text.encode("utf-8", "surrogateescape"))
+        return 0
+    pattern = re.compile(rb'(?m)^(?:# |; |<!-- | *"procrun/made-by": ")'
+                         + re.escape(mark_of(args.format, plan.app).encode()))
+    installation = Installation(plan.location, files)
+    try:
+        ours = marked(plan.location, 2, pattern) if os.path.isdir(plan.location) else []
+        installation.check(ours, args.force)
+        installation.install()
+        for file in files:
+            tell_export("writing: " + installation.path(file))
+        for name in ours:
+            if name not in {file.path for file in files}:
+                installation.remove(name)
+                tell_export("removing: " + os.path.join(plan.location, name))
+    except OSError as error:
+        raise Failure("%s: %s" % (error.filename or plan.location, error.strerror))
+    start = FORMATS[args.format].start.format(app=plan.app, location=plan.location)
+    if args.user_units:
+        start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
+    tell_export("start it with: " + start)
+    return 0
+
+
 def seconds(text):
     """An argparse type: a grace period."""
     value = float(text)
@@ -1383,65 +2237,20 @@ def seconds(text):
 
 def port(text):
     """An argparse type: a port."""
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdigit() or not 0 < int(text) < 65536:
         raise ValueError(text)
     return int(text)
 
 
-def build_parser():
-    """The command line, as argparse has it."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        """Errors are one line, and options are not guessed from their first letters."""
-
-        def __init__(self, **options):
-            super().__init__(allow_abbrev=False,
-                             formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-        def error(self, message):
-            raise UsageError("%s (see %s --help)" % (message, self.prog))
-
-    def common(parser, default):
-        group = parser.add_argument_group("options of every command, before or after it")
-        group.add_argument("-f", "--procfile", metavar="FILE", default=default,
-                           help="the Procfile (default: Procfile; - is standard input)")
-        group.add_argument("-d", "--root", metavar="DIR", default=default,
-                           help="where the commands run and .env is (default: the Procfile's folder)")
-        group.add_argument("-e", "--env", metavar="FILE[,FILE]", action="append", default=default,
-                           help="read these instead of .env; repeatable")
-
-    parser = Parser(prog="procrun", description=__doc__)
-    common(parser, None)
-    parser.add_argument("--version", action="version", version="procrun " + VERSION)
-    commands = parser.add_subparsers(dest="command_name", metavar="COMMAND", parser_class=Parser)
-
-    def command(name, function, text):
-        sub = commands.add_parser(name, help=text, description=text)
-        common(sub, argparse.SUPPRESS)
-        sub.set_defaults(function=function)
-        return sub
-
-    start = command("start", cmd_start, "run the process types until one of them ends")
-    start.add_argument("names", nargs="*", metavar="NAME", help="run these process types only")
-    formation_options(start)
-    start.add_argument("--can-die", metavar="NAME[,NAME]", action="append",
-                       help="an exit 0 of these does not end the set")
-    start.add_argument("--quiet", metavar="NAME[,NAME]", action="append",
-                       help="drop the output of these; their exits are told")
-    start.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                       help="colour the prefixes (default: auto, on a terminal)")
-    start.add_argument("--no-timestamp", dest="timestamp", action="store_false",
-                       help="no time in front of the lines")
-    start.add_argument("--no-prefix", dest="prefix", action="store_false",
-                       help="nothing in front of the lines")
-    run = command("run", cmd_run, "run one process type, or any command, in the foreground")
-    run.add_argument("-p", "--port", type=port, metavar="N", help="base port")
-    run.add_argument("command", nargs=argparse.REMAINDER, metavar="NAME | COMMAND [ARG ...]",
-                     help="a process type, or a command with its arguments")
-    command("check", cmd_check, "parse the Procfile and the environment files")
-    command("version", cmd_version, "print the version")
-    return parser
+def common_options(parser, default, env):
+    """The options that stand before or after any command."""
+    group = parser.add_argument_group("options of every command, before or after it")
+    group.add_argument("-f", "--procfile", metavar="FILE", default=default,
+                       help="the Procfile (default: Procfile; - is standard input)")
+    group.add_argument("-d", "--root", metavar="DIR", default=default,
+                       help="where the commands run and .env is (default: the Procfile's folder)")
+    group.add_argument("-e", "--env", metavar="FILE[,FILE]", action="append", dest=env,
+                       help="read these instead of .env; repeatable")
 
 
 def formation_options(parser):
@@ -1458,6 +2267,88 @@ def formation_options(parser):
                         help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")
 
 
+def start_options(parser):
+    """The arguments of start."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="run these process types only")
+    formation_options(parser)
+    names = dict(metavar="NAME[,NAME]", action="append")
+    parser.add_argument("--can-die", **names, help="an exit 0 of these does not end the set")
+    parser.add_argument("--quiet", **names, help="drop the output of these; their exits are told")
+    parser.add_argument("--pty", action="store_true", help="give each process a terminal of its own")
+    parser.add_argument("--attach", metavar="NAME",
+                        help="give the keyboard to one instance, such as web or web.2")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
+                        help="colour the prefixes (default: auto, on a terminal)")
+    parser.add_argument("--no-timestamp", dest="timestamp", action="store_false",
+                        help="no time in front of the lines")
+    parser.add_argument("--no-prefix", dest="prefix", action="store_false",
+                        help="nothing in front of the lines")
+
+
+def run_options(parser):
+    """The arguments of run."""
+    parser.add_argument("-p", "--port", type=port, metavar="N", help="base port")
+    parser.add_argument("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
+                        help="a process type, or a command with its arguments")
+
+
+def export_options(parser):
+    """The arguments of export."""
+    parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("location", metavar="LOCATION", help="the folder to write to")
+    formation_options(parser)
+    parser.add_argument("-a", "--app", metavar="NAME", help="(default: the root directory's name)")
+    parser.add_argument("-u", "--user", metavar="USER", help="who runs it (default: the app's name)")
+    parser.add_argument("-l", "--log", metavar="DIR",
+                        help="log to files DIR/web-1.log (default: the manager's own logging)")
+    parser.add_argument("--image", metavar="IMAGE", help="the container image (kubernetes)")
+    parser.add_argument("--user-units", action="store_true",
+                        help="units for systemctl --user (systemd)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the files with masked values, write nothing")
+    parser.add_argument("--force", action="store_true", help="overwrite files of others")
+
+
+def nothing(parser):
+    """No arguments."""
+
+
+COMMANDS = {
+    "start": (cmd_start, start_options, "run the process types until one of them ends"),
+    "run": (cmd_run, run_options, "run one process type, or any command, in the foreground"),
+    "check": (cmd_check, nothing, "parse the Procfile and the environment files"),
+    "export": (cmd_export, export_options, "write the configuration of a process manager"),
+    "version": (cmd_version, nothing, "print the version"),
+}
+
+
+def build_parser():
+    """The command line, as argparse has it."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        """Errors are one line, and options are not guessed from their first letters."""
+
+        def __init__(self, **options):
+            super().__init__(allow_abbrev=False,
+                             formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+        def error(self, message):
+            raise UsageError("%s (see %s --help)" % (message, self.prog))
+
+    parser = Parser(prog="procrun", description=__doc__)
+    common_options(parser, None, "env_before")
+    parser.add_argument("--version", action="version", version="procrun " + VERSION)
+    parser.set_defaults(env=None)
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", parser_class=Parser)
+    for name, (function, options, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        common_options(sub, argparse.SUPPRESS, "env")
+        options(sub)
+        sub.set_defaults(function=function)
+    return parser
+
+
 def main(argv=None):
     """Run procrun; return its exit status."""
     if not hasattr(os, "fork"):
@@ -1466,9 +2357,10 @@ def main(argv=None):
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
-        if not args.command_name:
+        if not args.name:
             parser.print_help()
             return 2
+        args.argv = sys.argv[1:] if argv is None else argv
         return args.function(args)
     except Failure as failure:
         complain(*failure.args)
