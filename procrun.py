@@ -4,7 +4,7 @@
     python procrun.py start                 all process types, until one of them ends or Ctrl-C
     python procrun.py start -c web=2        the same, with two instances of web
     python procrun.py start web             web alone
-    python procrun.py start --attach web    the keyboard is web's: a debugger works
+    python procrun.py start --attach web    web has the keyboard: a debugger can be used
     python procrun.py run web               web's command once, in the foreground
     python procrun.py run env               any command, with the app's environment
     python procrun.py check                 are the Procfile and .env in order?
@@ -19,9 +19,9 @@ Words (each has one meaning, here and in every message):
     instance      one of them, with a PORT of its own          web.2, PORT=5001
     child         a forked instance; its process id is also its session and its group
     leader, group the child itself, and it with all that it started and that stayed in its group
+    guard         procrun's helper process, the parent of all children
     grace period  seconds between SIGTERM and SIGKILL          -t 5
     base port     the PORT of the first instance               -p 5000
-    guard         procrun's helper, the parent of all children
 
 Exit status of start: that of the first process that ended by itself (128+N if signal N killed it);
 128+N if signal N to procrun began the shutdown; 1 for an error of the Procfile and the like, 2 for
@@ -31,9 +31,9 @@ a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot 
 # instances, these become files for a process manager, or children.  All that only computes stands
 # above all that talks to the kernel.  The cases that gave the lower half its shape:
 #
-# - kill -9 of procrun runs no code of procrun.  So procrun is two processes: in front the one that
-#   was called, which reads, prints and decides; behind it the guard, which forks, signals and
-#   reaps.  A pipe from the one to the other carries orders; its end means that the front is gone.
+# - kill -9 of procrun runs no code of procrun.  So there are two processes: in front the one that
+#   was called, which reads, prints and decides, and behind it the guard, which forks, signals and
+#   reaps.  Orders go from one to the other by a pipe; when it ends, the guard ends all by itself.
 # - A child leads a session and a group of its own, so that one signal reaches all that it started
 #   and the terminal's Ctrl-C reaches none of it: each child gets one signal, the one procrun sends.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
@@ -44,6 +44,7 @@ a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot 
 #   other file descriptor, and while it takes nothing no child is read: that is the back-pressure.
 import errno
 import os
+import re
 import selectors
 import signal
 import stat
@@ -52,8 +53,14 @@ import time
 from collections import namedtuple
 from functools import partial
 
+if not hasattr(os, "fork"):
+    sys.exit("procrun: this system has no fork(); procrun needs Linux, macOS or another Unix")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before there is anything: no traceback
+
+import fcntl
+import resource
+import termios
 
 VERSION = "0.1.0"
 QUIET = 0.2            # seconds after which a line without its newline is shown
@@ -80,19 +87,10 @@ def shown(text):
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-def refuse(source, errors):
-    """Raise Failure with a line for each (line number, message) of `errors`, if there are any."""
-    if errors:
-        lines = ["%s:%d: %s" % (source, number, text) for number, text in errors[:MOST_ERRORS]]
-        raise Failure(*lines + ["%s: more errors follow" % source] * (len(errors) > MOST_ERRORS))
-
-
 # Procfile: text -> process types -----------------------------------------------------------------
 
 ProcessType = namedtuple("ProcessType", "name command line")
 ProcessType.__doc__ = "A line of the Procfile: name (str), command (bytes), and its line number."
-
-NAME_BYTES = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 
 
 def logical_lines(text):
@@ -117,7 +115,7 @@ def entry_problem(line, lines):
     name, colon, command = line.partition(b":")
     if not colon:
         return "no colon in `%s`; expected `name: command`" % shown(line)
-    if not name or name.translate(None, NAME_BYTES):
+    if not re.fullmatch(rb"[A-Za-z0-9_-]+", name):
         return "bad name `%s`; use letters, digits, _ and -" % shown(name)
     if name == b"all":
         return "the name `all` means every process type; use another"
@@ -144,18 +142,19 @@ def parse_procfile(text, source="Procfile"):
     """
     types, lines, errors = [], {}, []
     for number, line in logical_lines(text[3:] if text.startswith(b"\xef\xbb\xbf") else text):
-        if not line.strip() or line.lstrip().startswith(b"#"):
+        if line.strip()[:1] in (b"", b"#"):
             continue
         problem = entry_problem(line, lines)
-        if problem:
-            errors.append((number, problem))
-            if len(errors) > MOST_ERRORS:
-                break
-            continue
         name, _, command = line.partition(b":")
-        types.append(ProcessType(name.decode(), command.lstrip(b" \t"), number))
-        lines[name] = number
-    refuse(source, errors)
+        if not problem:
+            types.append(ProcessType(name.decode(), command.lstrip(b" \t"), number))
+            lines[name] = number
+        elif len(errors) < MOST_ERRORS:
+            errors.append("%s:%d: %s" % (source, number, problem))
+        else:
+            break
+    if errors:
+        raise Failure(*errors)
     if not types:
         raise Failure("%s: no process types; a line such as `web: python app.py` is one" % source)
     return types
@@ -168,20 +167,25 @@ ENV_QUOTED = {b"'": rb"(?s)[ \t]*'([^']*)'", b'"': rb'(?s)[ \t]*"([^"\\]*(?:\\.[
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
 
 
-def env_value(text, start, end):
-    """Return (value, where its last line ends) of what follows the = at text[start:end].
+def line_end(text, place):
+    """Where the line ends that text[place] is in."""
+    end = text.find(b"\n", place)
+    return len(text) if end < 0 else end
 
-    Raises ValueError(what is wrong, where to go on) if it is quoted, and not as it should be.
+
+def env_value(text, start):
+    """Return (value, where its last line ends) of what follows the = at text[start].
+
+    Raises ValueError(what is wrong, where its last line ends) if it is quoted, but not well.
     """
-    import re
+    end = line_end(text, start)
     quote = text[start:end].lstrip(b" \t")[:1]
     if quote not in ENV_QUOTED:
         return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t\r"), end
     quoted = re.compile(ENV_QUOTED[quote]).match(text, start)
     if not quoted:
         raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
-    end = text.find(b"\n", quoted.end())
-    end = len(text) if end < 0 else end
+    end = line_end(text, quoted.end())
     if text[quoted.end():end].strip(b" \t\r")[:1] not in (b"", b"#"):
         raise ValueError("text after the closing quote; only a comment may follow", end)
     if quote == b"'":
@@ -201,26 +205,26 @@ def parse_env(text, source=".env"):
 
     Nothing is expanded.  The later of two lines wins.  Raises Failure that names all bad lines.
     """
-    import re
     text = text[3:] if text.startswith(b"\xef\xbb\xbf") else text
-    variables, errors, place, number, name = {}, [], 0, 1, re.compile(ENV_NAME)
-    while place < len(text) and len(errors) <= MOST_ERRORS:
-        end = text.find(b"\n", place)
-        end = len(text) if end < 0 else end
-        head = name.match(text, place, end)
+    variables, errors, place, number = {}, [], 0, 1
+    while place < len(text) and len(errors) < MOST_ERRORS:
+        end = line_end(text, place)
+        head = re.compile(ENV_NAME).match(text, place, end)
         try:
             if head:
-                variables[head[1]], end = env_value(text, head.end(), end)
-                if b"\0" in variables[head[1]]:
+                value, end = env_value(text, head.end())
+                if b"\0" in value:
                     raise ValueError("NUL byte in the value of %s; remove it" % shown(head[1]), end)
+                variables[head[1]] = value
             elif text[place:end].strip()[:1] not in (b"", b"#"):
                 raise ValueError("expected NAME=value, found `%s`" % shown(text[place:end]), end)
         except ValueError as error:
-            errors.append((number, error.args[0]))
-            end = error.args[1]
+            problem, end = error.args
+            errors.append("%s:%d: %s" % (source, number, problem))
         number += text.count(b"\n", place, end + 1)
         place = end + 1
-    refuse(source, errors)
+    if errors:
+        raise Failure(*errors)
     return variables
 
 
@@ -248,7 +252,7 @@ def parse_counts(text):
         name, equals, count = (part.strip() for part in item.partition("="))
         if not equals or not name:
             raise UsageError("expected NAME=COUNT, found `%s`" % item)
-        if not (count.isdigit() and count.isascii() and len(count) < 6):
+        if not re.fullmatch("[0-9]{1,5}", count):
             raise UsageError("`%s` is not a count, in `%s`" % (count, item))
         counts[name] = int(count)
     return counts
@@ -294,7 +298,7 @@ def base_port(option, *environments):
     if option is not None:
         return option
     text = next((each[b"PORT"] for each in environments if b"PORT" in each), b"5000")
-    if not (text.isdigit() and len(text) < 6):
+    if not re.fullmatch(rb"[0-9]{1,5}", text):
         raise Failure("PORT=%s in the environment is not a port; set it, or use -p" % shown(text))
     return int(text)
 
@@ -321,10 +325,10 @@ more; the text of the first comment; the variables that all instances share (str
 process types, {type: concurrency} and the base port; the options --image and --user-units; and the
 absolute path of the location."""
 
-NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif else esac
-    eval exit export false fc fg fi for getopts hash if in jobs kill local printf pwd read readonly
-    return set shift source test then times trap true type ulimit umask unalias unset until wait
-    while""".split())
+NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif else
+    esac eval exec exit export false fc fg fi for getopts hash if in jobs kill local printf pwd read
+    readonly return set shift source test then times trap true type ulimit umask unalias unset until
+    wait while""".split())
 WAIT = """trap 'trap "" TERM; wait; exit 143' TERM; """
 FORWARD = """trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 
@@ -334,11 +338,6 @@ def as_str(text):
     return text.decode("utf-8", "surrogateescape")
 
 
-def log_path(plan, instance):
-    """The log file of an instance."""
-    return "%s/%s-%d.log" % (plan.log, instance.type, instance.number)
-
-
 def shell_quote(text):
     """The text as one word of a shell."""
     return "'" + text.replace("'", "'\\''") + "'"
@@ -346,14 +345,13 @@ def shell_quote(text):
 
 def escaped(text):
     r"""The text in letters, digits, and \0ooo for any other byte: what `printf %b` turns back."""
-    import re
     return re.sub(rb"[^A-Za-z0-9_./-]", lambda match: b"\\0%03o" % match[0],
                   text.encode("utf-8", "surrogateescape")).decode()
 
 
 def is_text(value):
     """Whether the value is valid UTF-8 without control characters, so that any format takes it."""
-    return not any(c < " " or "\x7f" <= c < "\xa0" or "\ud800" <= c < "\ue000" for c in value)
+    return not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
 
 
 def carried(variables, fits):
@@ -361,10 +359,9 @@ def carried(variables, fits):
 
     So no value need be altered or refused, nor come to stand in a command line.
     """
-    fit = {name: fits(value) for name, value in variables.items()}
-    return ({name: value if fit[name] else escaped(value) for name, value in variables.items()},
-            "".join("{0}=$(printf %b_ \"${0}\"); {0}=${{{0}%_}}; ".format(name)
-                    for name in variables if not fit[name]))
+    odd = [name for name, value in variables.items() if not fits(value)]
+    return ({**variables, **{name: escaped(variables[name]) for name in odd}}, "".join(
+        '{0}=$(printf %b_ "${0}"); {0}=${{{0}%_}}; '.format(name) for name in odd))
 
 
 def portable(command):
@@ -372,22 +369,16 @@ def portable(command):
     return command if is_text(command) else 'eval "$(printf %%b %s)"' % shell_quote(escaped(command))
 
 
-def is_simple(command):
-    """Whether `exec` can stand before the command: one program, told from the text, or in doubt no."""
-    import re
-    program = re.match(r"[A-Za-z0-9_./][A-Za-z0-9_./+-]*(?=[ \t]|$)", command)
-    return bool(program and program[0] not in NOT_PROGRAMS
-                and not re.search(r"[;&|()<>`{}!\n]", command))
-
-
 def waited(command):
     """Shell text of the command where the manager sends SIGTERM to the whole group.
 
-    A shell that stays in between must not die before what it runs: it would be taken for the app.
+    One program takes the shell's place; where it must stay in between (or in doubt), it must not
+    die before what it runs, or it would be taken for the app.
     """
-    if command.startswith("exec ") and is_simple(command[5:].lstrip() or ":"):
-        return command
-    return "exec " + command if is_simple(command) else WAIT + command
+    program = re.match(r"(exec[ \t]+)?([A-Za-z0-9_./][A-Za-z0-9_./+-]*)(?=[ \t]|$)", command)
+    if not program or program[2] in NOT_PROGRAMS or re.search(r"[;&|()<>`{}!\n]", command):
+        return WAIT + command
+    return command if program[1] else "exec " + command
 
 
 def forwarded(command):
@@ -402,7 +393,23 @@ def forwarded(command):
     return "%sexec /bin/sh -c %s) & wait $!" % (FORWARD, shell_quote(text))
 
 
-UPSTART_INSTANCE = """# %(mark)s
+def job(plan, each):
+    """The name of an instance for a process manager."""
+    return "%s-%s-%d" % (plan.app, each.type, each.number)
+
+
+def fields(plan, each, **others):
+    """What the templates of the formats are filled with, for one instance."""
+    return {**plan._asdict(), **each._asdict(), "name": each.name, "job": job(plan, each),
+            "log": "%s/%s-%d.log" % (plan.log, each.type, each.number) if plan.log else "", **others}
+
+
+def own_variables(variables, each):
+    """The variables (str to str) with those of the instance."""
+    return {**variables, "PORT": str(each.port), "PS": each.name}
+
+
+UPSTART = """# %(mark)s
 description "%(app)s %(name)s"
 start on starting %(app)s-%(type)s
 stop on stopping %(app)s-%(type)s
@@ -411,11 +418,11 @@ respawn limit unlimited
 kill timeout %(grace)d
 setuid %(user)s
 setgid %(group)s
-chdir '%(root)s'
+chdir %(chdir)s
 script
 %(script)s
 end script
-# Upstart itself respawns without a pause.
+# Upstart respawns without a pause.
 post-stop exec sleep 1
 """
 
@@ -424,80 +431,80 @@ def export_upstart(plan, instances):
     """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
 
     Its parser alters what stands in `exec` and `env` lines, and carries a script as it is, but for
-    a line `end script`.  With more than one line a script is passed by a pipe, not as an argument.
+    a line `end script`; and a script of more lines than one is passed by a pipe, not in argv.
     """
-    import re
     for each in instances:
-        lines = ["export %s=%s" % (name, shell_quote(value)) for name, value in
-                 {**plan.variables, "PORT": str(each.port), "PS": each.name}.items()]
-        if plan.log:
-            lines.append("exec >>%s 2>&1" % shell_quote(log_path(plan, each)))
-        lines.append("exec /bin/sh -c " + shell_quote(waited(as_str(each.command))))
-        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script[ \t]*$)", r"\1''", "\n".join(lines))
-        yield File("%s-%s-%d.conf" % (plan.app, each.type, each.number), 0o600, UPSTART_INSTANCE % dict(
-            plan._asdict(), type=each.type, name=each.name, script=script,
-            root=plan.root.replace("'", "'\"'\"'")))
+        values = fields(plan, each, chdir=shell_quote(plan.root).replace("\\'", "\"'\""))
+        lines = ["export %s=%s" % (name, shell_quote(value))
+                 for name, value in own_variables(plan.variables, each).items()]
+        lines += ["exec >>%s 2>&1" % shell_quote(values["log"])] * bool(plan.log)
+        lines += ["exec /bin/sh -c " + shell_quote(waited(each.command))]
+        script = re.sub(r"(?m)^([ \t\r]*end)(?=[ \t\r]+script)", r"\1''", "\n".join(lines))
+        yield File(values["job"] + ".conf", 0o600, UPSTART % dict(values, script=script))
     for name in dict.fromkeys(each.type for each in instances):
-        yield File("%s-%s.conf" % (plan.app, name), 0o644,
-                   "# %s\nstart on starting %s\nstop on stopping %s\n" % (plan.mark, plan.app, plan.app))
-    yield File(plan.app + ".conf", 0o644,
-               "# %s\nstart on runlevel [2345]\nstop on runlevel [!2345]\n" % plan.mark)
+        yield File("%s-%s.conf" % (plan.app, name), 0o644, "# %s\nstart on starting %s\n"
+                   "stop on stopping %s\n" % (plan.mark, plan.app, plan.app))
+    yield File(plan.app + ".conf", 0o644, "# %s\nstart on runlevel [2345]\n"
+               "stop on runlevel [!2345]\n" % plan.mark)
 
 
-def systemd_word(text):
-    """The text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
-    import re
-    text = re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
-    return '"%s"' % text.replace("\t", "\\t")
-
-
-def systemd_value(value):
-    """The value as one of an EnvironmentFile=; see systemd.exec(5)."""
-    import re
-    return '"%s"' % re.sub(r'(["\\$`])', r"\\\1", value)
-
-
-SYSTEMD_SERVICE = """[Unit]
+SYSTEMD = """# %(mark)s
+[Unit]
 Description=%(app)s %(name)s
 PartOf=%(app)s-%(type)s.target
 After=network.target
 StartLimitIntervalSec=0
 
 [Service]
-%(user)sWorkingDirectory=%(root)s
-EnvironmentFile=%(environment)s
+%(run_as)sWorkingDirectory=%(root)s
+EnvironmentFile=%(location)s/%(app)s.env
 Environment=PORT=%(port)d PS=%(name)s
-ExecStart=/bin/sh -c %(command)s
+ExecStart=/bin/sh -c %(word)s
 Restart=always
 RestartSec=1
 KillMode=mixed
 TimeoutStopSec=%(grace)d
 SuccessExitStatus=143
-%(log)s"""
+%(output)s"""
+
+
+def systemd_word(text):
+    """The text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
+    return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
+
+
+def systemd_value(value):
+    """The value as one of an EnvironmentFile=; see systemd.exec(5)."""
+    return '"%s"' % re.sub(r'(["\\$`])', r"\\\1", value)
+
+
+def systemd_target(plan, name, wants, more):
+    """A target that wants units: the app itself, or a process type of it."""
+    return File(name + ".target", 0o644, "# %s\n[Unit]\nDescription=%s\nWants=%s\n%s" % (
+        plan.mark, name, " ".join(wants), more))
 
 
 def export_systemd(plan, instances):
-    """Targets for the app and each process type, a service for each instance, one environment file."""
-    variables, prelude = carried(plan.variables, lambda value: is_text(value.translate({9: "", 10: ""})))
-    mark, path = "# %s\n" % plan.mark, plan.location.replace("%", "%%")
-    yield File(plan.app + ".env", 0o600, mark + "".join(
+    """A service for each instance, targets for each process type and the app, one environment file.
+
+    Environment= would show its values to everybody on the bus; PORT and PS are no secrets."""
+    variables, prelude = carried(plan.variables, lambda value: is_text(re.sub("[\t\n]", "", value)))
+    yield File(plan.app + ".env", 0o600, "# %s\n" % plan.mark + "".join(
         "%s=%s\n" % (name, systemd_value(value)) for name, value in variables.items()))
+    doubled = plan._replace(**{name: getattr(plan, name).replace("%", "%%")
+                               for name in ("root", "log", "location")})
+    units = {}
     for each in instances:
-        yield File("%s-%s-%d.service" % (plan.app, each.type, each.number), 0o644, mark + SYSTEMD_SERVICE % dict(
-            plan._asdict(), type=each.type, name=each.name, port=each.port,
-            environment="%s/%s.env" % (path, plan.app), root=plan.root.replace("%", "%%"),
-            user="" if plan.user_units else "User=%s\n" % plan.user,
-            log="StandardOutput=append:%s\nStandardError=inherit\n" % log_path(plan, each).replace("%", "%%")
-            if plan.log else "",
-            command=systemd_word(prelude + forwarded(portable(as_str(each.command))))))
-    names = list(dict.fromkeys(each.type for each in instances))
-    for name in names:
-        wanted = ["%s-%s-%d.service" % (plan.app, name, each.number) for each in instances if each.type == name]
-        yield File("%s-%s.target" % (plan.app, name), 0o644, "%s[Unit]\nDescription=%s %s\nPartOf=%s.target\n"
-                   "Wants=%s\n" % (mark, plan.app, name, plan.app, " ".join(wanted)))
-    yield File(plan.app + ".target", 0o644, "%s[Unit]\nDescription=%s\nWants=%s\n\n[Install]\nWantedBy=%s.target\n" % (
-        mark, plan.app, " ".join("%s-%s.target" % (plan.app, name) for name in names),
-        "default" if plan.user_units else "multi-user"))
+        values = fields(doubled, each, run_as="" if plan.user_units else "User=%s\n" % plan.user,
+                        word=systemd_word(prelude + forwarded(portable(each.command))))
+        output = "StandardOutput=append:%(log)s\nStandardError=inherit\n" % values if plan.log else ""
+        units.setdefault("%s-%s" % (plan.app, each.type), []).append(values["job"] + ".service")
+        yield File(values["job"] + ".service", 0o644, SYSTEMD % dict(values, output=output))
+    for name, wants in units.items():
+        yield systemd_target(plan, name, wants, "PartOf=%s.target\n" % plan.app)
+    yield systemd_target(plan, plan.app, [name + ".target" for name in units],
+                         "\n[Install]\nWantedBy=%s.target\n"
+                         % ("default" if plan.user_units else "multi-user"))
 
 
 def export_launchd(plan, instances):
@@ -506,27 +513,19 @@ def export_launchd(plan, instances):
     variables, prelude = carried(plan.variables, is_text)
     comment = "<!-- %s -->\n<plist" % plan.mark.replace("--", "-&#45;")
     for each in instances:
-        label = "%s-%s-%d" % (plan.app, each.type, each.number)
-        logs = {key: log_path(plan, each) for key in ("StandardOutPath", "StandardErrorPath") if plan.log}
+        values = fields(plan, each)
         text = plistlib.dumps(dict(
-            Label=label, UserName=plan.user, WorkingDirectory=plan.root,
-            ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(as_str(each.command)))],
-            EnvironmentVariables={**variables, "PORT": str(each.port), "PS": each.name},
-            KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace, **logs))
-        yield File(label + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
+            Label=values["job"], UserName=plan.user, WorkingDirectory=plan.root,
+            ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(each.command))],
+            EnvironmentVariables=own_variables(variables, each),
+            KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace,
+            **dict.fromkeys(["StandardOutPath", "StandardErrorPath"] * bool(plan.log), values["log"])))
+        yield File(values["job"] + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
 
 
-def supervisor_word(text):
-    """The text as one word of a supervisord command: shlex's quoting, % doubled, and no blank before
-    ; or #, where the rest of the line would be taken for a comment."""
-    import re
-    text = "'%s'" % text.replace("'", "'\"'\"'").replace("%", "%%")
-    return re.sub(r"(\s)(?=[;#])", r"\1''", text)
-
-
-SUPERVISORD_PROGRAM = """
-[program:%(name)s]
-command=/bin/sh -c %(command)s
+SUPERVISORD = """
+[program:%(job)s]
+command=/bin/sh -c %(word)s
 directory=%(root)s
 user=%(user)s
 environment=%(environment)s
@@ -538,32 +537,36 @@ stopwaitsecs=%(grace)d
 stopasgroup=true
 killasgroup=true
 redirect_stderr=true
-%(log)s"""
+%(output)s"""
+
+
+def supervisor_word(text):
+    """The text as one word of a supervisord command: shlex's quoting, % doubled, and no blank before
+    ; or #, where the rest of the line would be taken for a comment."""
+    text = "'%s'" % text.replace("'", "'\"'\"'").replace("%", "%%")
+    return re.sub(r"(\s)(?=[;#])", r"\1''", text)
 
 
 def export_supervisord(plan, instances):
     """A program for each instance, and a group; see supervisord.org, "Configuration File"."""
-    import re
-    variables, prelude = carried(plan.variables, re.compile(r"[\w ./:,=@+-]*", re.ASCII).fullmatch)
-    parts = ["; %s\n" % plan.mark]
-    names = []
+    variables, prelude = carried(plan.variables, re.compile(r"(?a)[\w ./:,=@+-]*").fullmatch)
+    doubled = plan._replace(root=plan.root.replace("%", "%%"), log=plan.log.replace("%", "%%"))
+    text = "; %s\n" % plan.mark
     for each in instances:
-        names.append("%s-%s-%d" % (plan.app, each.type, each.number))
-        environment = {**variables, "PORT": str(each.port), "PS": each.name}
-        parts.append(SUPERVISORD_PROGRAM % dict(
-            plan._asdict(), name=names[-1], root=plan.root.replace("%", "%%"),
-            command=supervisor_word(prelude + waited(portable(as_str(each.command)))),
-            environment=",".join('%s="%s"' % item for item in environment.items()),
-            log="stdout_logfile=%s\n" % log_path(plan, each).replace("%", "%%") if plan.log else ""))
+        values = fields(doubled, each, environment=",".join(
+            '%s="%s"' % item for item in own_variables(variables, each).items()),
+            word=supervisor_word(prelude + waited(portable(each.command))))
+        output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
+        text += SUPERVISORD % dict(values, output=output)
     yield File(plan.app + ".conf", 0o600, "%s\n[group:%s]\nprograms=%s\n" % (
-        "".join(parts), plan.app, ",".join(names)))
+        text, plan.app, ",".join(job(plan, each) for each in instances)))
 
 
-RUNIT_RUN = """exec %(log)s
+RUNIT_RUN = """exec %(output)s
 service=$PWD
 echo $$ >group
-cd %(root)s || exit 111
-exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(command)s
+cd %(directory)s || exit 111
+exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(word)s
 """
 RUNIT_TERM = """# runsv runs this in place of a SIGTERM to the leader alone
 read group <group || exit 0
@@ -590,76 +593,70 @@ def export_runit(plan, instances):
     variables, prelude = carried(plan.variables, lambda value: not value.endswith((" ", "\t")))
     head = "#!/bin/sh\n# %s\n" % plan.mark
     for each in instances:
-        place = "%s-%s-%d/" % (plan.app, each.type, each.number)
-        for name, value in {**variables, "PORT": str(each.port), "PS": each.name}.items():
-            yield File(place + "env/" + name, 0o600, "%s\n# %s\n" % (value.replace("\n", "\0"), plan.mark))
+        values = fields(plan, each, directory=shell_quote(plan.root),
+                        word=shell_quote(prelude + waited(each.command)))
+        output = ">>%s 2>&1" % shell_quote(values["log"]) if plan.log else "2>&1"
+        for name, value in own_variables(variables, each).items():
+            yield File("%s/env/%s" % (values["job"], name), 0o600,
+                       "%s\n# %s\n" % (value.replace("\n", "\0"), plan.mark))
         if not plan.log:
-            yield File(place + "log/run", 0o755, head + "mkdir -p main && exec svlogd -tt main\n")
-        yield File(place + "control/t", 0o755, head + RUNIT_TERM % plan.grace)
-        yield File(place + "finish", 0o755, head + RUNIT_FINISH)
-        yield File(place + "run", 0o755, head + RUNIT_RUN % dict(
-            plan._asdict(), root=shell_quote(plan.root),
-            log=">>%s 2>&1" % shell_quote(log_path(plan, each)) if plan.log else "2>&1",
-            command=shell_quote(prelude + waited(as_str(each.command)))))
-
-
-def kubernetes_word(text):
-    """The text as an element of `command`: $(NAME) is expanded there, and $$ is one $."""
-    import re
-    return re.sub(r"\$+(?=\()|\$\$+", lambda match: match[0] * 2, text)
-
-
-def kubernetes_object(plan, kind, name, component=None, **fields):
-    """An object of the kind, with a mark and the recommended labels."""
-    labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/managed-by": "procrun"}
-    if component:
-        labels["app.kubernetes.io/component"] = component
-    version = "apps/v1" if kind == "Deployment" else "v1"
-    return dict(apiVersion=version, kind=kind, metadata=dict(
-        name=name, annotations={"procrun/made-by": plan.mark}, labels=labels), **fields)
+            yield File(values["job"] + "/log/run", 0o755,
+                       head + "mkdir -p main && exec svlogd -tt main\n")
+        yield File(values["job"] + "/control/t", 0o755, head + RUNIT_TERM % plan.grace)
+        yield File(values["job"] + "/finish", 0o755, head + RUNIT_FINISH)
+        yield File(values["job"] + "/run", 0o755, head + RUNIT_RUN % dict(values, output=output))
 
 
 KUBERNETES_STOP = "case $(readlink /proc/1/exe) in *sh|*busybox) kill -s TERM -- -1;; esac"
 
 
-def kubernetes_deployment(plan, place, each):
+def kubernetes_word(text):
+    """The text as an element of `command`: $(NAME) is expanded there, and $$ becomes $."""
+    return re.sub("\\$+(?=[(\x80-\uffff])|\\$\\$+", lambda match: match[0] * 2, text)
+
+
+def kubernetes_object(plan, kind, component, **content):
+    """An object with a mark and the recommended labels."""
+    labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": component,
+              "app.kubernetes.io/managed-by": "procrun"}
+    return dict(apiVersion="apps/v1" if kind == "Deployment" else "v1", kind=kind, metadata=dict(
+        annotations={"procrun/made-by": plan.mark}, name="%s-%s" % (plan.app, component),
+        labels=labels), **content)
+
+
+def kubernetes_deployment(plan, labels, each, port):
     """The Deployment of a process type.
 
     SIGTERM goes to process 1 of the container alone, and a shell there ignores it: so before it,
     if there is a shell, SIGTERM goes to all others.
     """
-    labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": each.name}
-    port = plan.base + 100 * place
     container = dict(
         name=each.name, image=plan.image,
         command=["/bin/sh", "-c", kubernetes_word(portable(as_str(each.command)))],
         env=[dict(name="PORT", value=str(port)),
              dict(name="PS", valueFrom=dict(fieldRef=dict(fieldPath="metadata.name")))],
         envFrom=[dict(secretRef=dict(name=plan.app + "-env"))],
+        ports=[dict(containerPort=port)] * (each.name == "web"),
         lifecycle=dict(preStop=dict(exec=dict(command=["/bin/sh", "-c", KUBERNETES_STOP]))))
-    if each.name == "web":
-        container["ports"] = [dict(containerPort=port)]
     if plan.root:
         container["workingDir"] = plan.root
-    return kubernetes_object(plan, "Deployment", "%s-%s" % (plan.app, each.name), each.name, spec=dict(
+    return kubernetes_object(plan, "Deployment", each.name, spec=dict(
         replicas=plan.counts[each.name], selector=dict(matchLabels=labels),
         template=dict(metadata=dict(labels=labels), spec=dict(
             terminationGracePeriodSeconds=plan.grace, containers=[container]))))
 
 
-def export_kubernetes(plan, instances):
+def export_kubernetes(plan, _):
     """One List: a Secret, a Deployment for each process type, a Service for web."""
     import json
-    for name, value in plan.variables.items():
-        if not is_text(value.translate({9: "", 10: "", 13: ""})):
-            raise Failure("kubernetes cannot carry the value of %s: it is not text" % name)
-    items = [kubernetes_object(plan, "Secret", plan.app + "-env", stringData=plan.variables)]
+    items = [kubernetes_object(plan, "Secret", "env", stringData=plan.variables)]
     for place, each in enumerate(plan.types):
-        items.append(kubernetes_deployment(plan, place, each))
+        labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": each.name}
+        port = plan.base + 100 * place
+        items.append(kubernetes_deployment(plan, labels, each, port))
         if each.name == "web":
-            selector = items[-1]["spec"]["selector"]["matchLabels"]
-            items.append(kubernetes_object(plan, "Service", plan.app + "-web", "web", spec=dict(
-                selector=selector, ports=[dict(port=80, targetPort=plan.base + 100 * place)])))
+            items.append(kubernetes_object(plan, "Service", "web", spec=dict(
+                selector=labels, ports=[dict(port=80, targetPort=port)])))
     yield File(plan.app + ".json", 0o600, json.dumps(
         dict(apiVersion="v1", kind="List", items=items), indent=2) + "\n")
 
@@ -677,62 +674,62 @@ FORMATS = {
                           "supervisorctl update"),
     "runit": Format(export_runit, "service directories for /etc/sv",
                     "ln -s {location}/{app}-* /etc/service/"),
-    "kubernetes": Format(export_kubernetes, "Deployments, a Secret and a Service",
+    "kubernetes": Format(export_kubernetes, "a Deployment for each process type, a Secret, a Service",
                          "kubectl apply -f {location}/{app}.json"),
 }
 
 
+def kubernetes_problem(plan):
+    """What Kubernetes alone cannot carry, or None."""
+    if not plan.image or plan.log:
+        return "kubernetes needs --image, and keeps the logs itself: leave -l out"
+    for name in ["%s-%s" % (plan.app, each.name) for each in plan.types]:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+            return "kubernetes takes no name `%s`: only a-z, 0-9 and -, at most 63" % name
+    return None
+
+
 def plan_problem(plan, format):
-    """What the format cannot carry of this plan, or None."""
-    import re
+    """What cannot be carried of this plan in any format, or in this one; None if all can."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
-        return "the app's name `%s` cannot be used; give one of letters, digits, _ . - with -a" % plan.app
+        return "the app cannot be named `%s`; give a name of letters, digits, _ . - with -a" % plan.app
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
-        return "the user's name `%s` cannot be used; give another with -u" % plan.user
+        return "there can be no user `%s`; give another with -u" % plan.user
     for path in (plan.root, plan.log, plan.location):
         if not is_text(path) or re.search(r'["\\]|\s$|\s[;#]', path):
-            return "the path `%s` cannot be carried; use one without quotes and backslashes" % (
-                shown(path.encode("utf-8", "surrogateescape")))
+            return "the path `%s` has characters that cannot be carried" % shown(os.fsencode(path))
     if format == "systemd" and re.search(r"[*?\[]", plan.location):
         return "the path `%s` cannot be carried: systemd takes it for a pattern" % plan.location
-    for name in plan.variables:
+    for name, value in plan.variables.items():
         if name[0].isdigit():
             return "the variable %s cannot be carried: its name starts with a digit" % name
+        if format == "kubernetes" and not is_text(re.sub("[\t\n\r]", "", value)):
+            return "the value of %s cannot be carried: it is not text" % name
     if format == "kubernetes":
-        if not plan.image:
-            return "kubernetes needs --image"
-        if plan.log:
-            return "kubernetes keeps the logs itself; leave -l out"
-        for name in [plan.app] + ["%s-%s" % (plan.app, each.name) for each in plan.types]:
-            if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-                return "the name `%s` cannot be used in kubernetes: only a-z, 0-9 and -, at most 63" % name
+        return kubernetes_problem(plan)
     return None
 
 
 def export_files(plan, instances, format):
-    """Return the list of File of an export; raises Failure if there is something that it cannot carry."""
+    """Return the list of File of an export; raises Failure if something cannot be carried."""
     problem = plan_problem(plan, format)
-    if problem:
-        raise Failure(problem)
     for each in instances:
         if "%s-%d" % (each.type, each.number) in plan.counts:
-            raise Failure("%s and the process type %s-%d would collide; rename one"
-                          % (each.name, each.type, each.number))
+            problem = "%s and the process type %s-%d would collide; rename one" % (
+                each.name, each.type, each.number)
+    if problem:
+        raise Failure(problem)
+    instances = [each._replace(command=as_str(each.command)) for each in instances]
     return list(FORMATS[format].function(plan, instances))
 
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
 
 COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 31 34".split())
-ESCAPE = rb"\x1b\[[0-?]*[ -/]*[@-~]"               # any control sequence (ECMA-48, 5.4)
 COLOUR = rb"\x1b\[[0-9;:]*m"
-# What moves the cursor or erases beyond the line, changes the screen or the terminal's modes.
+ESCAPE = rb"\x1b\[[0-?]*[ -/]*[@-~]"    # any control sequence (ECMA-48, 5.4)
+# What moves the cursor out of its line, or changes the screen or the terminal's modes.
 ROAMING = rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnrsu]|[78DEMc]|[()#][0-9A-Z])"
-
-
-def type_colours(types):
-    """Return {process type: SGR code}, by place in the Procfile."""
-    return {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
 
 
 class Style(namedtuple("Style", "width colour stamp label")):
@@ -757,18 +754,17 @@ class Source:
     """One name in the output: its label, and the line that it has not finished yet."""
     __slots__ = ("label", "colour", "second", "prefix", "tail", "unwanted", "held")
 
-    def __init__(self, label, colour, unwanted=None):
+    def __init__(self, label, colour, unwanted=b""):
         self.label, self.colour = label, colour    # str, SGR code as a str
         self.second, self.prefix = None, b""       # the prefix, and the second it was made for
         self.tail = bytearray()                    # of the unfinished line, what is not shown yet
-        self.unwanted = unwanted                   # a pattern (bytes) of what is taken out, or None
+        self.unwanted = unwanted                   # a pattern of what is taken out, or b""
         self.held = b""                            # an escape sequence that is not complete yet
 
     def wanted(self, data):
         """The data without what is unwanted; an escape sequence cut in two waits for its rest."""
-        import re
         data = self.held + data
-        cut = re.search(rb"\x1b(?:\[[0-?]{0,30}[ -/]{0,5})?\Z", data)
+        cut = re.search(rb"\x1b(?:\[[0-?]{0,30}[ -/]{0,5}|[()#])?\Z", data)
         data, self.held = (data[:cut.start()], cut[0]) if cut else (data, b"")
         return re.sub(self.unwanted, b"", data)
 
@@ -779,7 +775,7 @@ class Printer:
     A line of the output begins with a prefix and only its own process adds to it; an unfinished
     line is kept back until show() or until it is CHUNK long; it is ended when another one writes.
 
-    One source can be `prompt`, the one that the user is typing at, on a terminal with so many
+    One source can be the `prompt`, which the user is typing at, on a terminal with so many
     `columns`: its unfinished line is taken away when another one writes, and shown again after it.
     """
 
@@ -816,10 +812,9 @@ class Printer:
         if end:
             prefix = self.prefix(source)
             text = data.replace(b"\n", b"\n" + prefix)
-            surplus = len(prefix) + len(data) - end
-            self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:len(text) - surplus]
-            self.open = None
-            source.tail = bytearray(data[end:])
+            end_of_lines = len(text) - len(prefix) - (len(data) - end)
+            self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:end_of_lines]
+            self.open, source.tail = None, bytearray(data[end:])
             if source is self.prompt:
                 self.line = b""
         else:
@@ -838,21 +833,18 @@ class Printer:
     def finish(self, source):
         """End the line of a source that will write no more."""
         source.tail += source.held
+        source.unwanted = source.held = b""
         if source.tail or self.open is source:
-            source.unwanted = None
             self.feed(source, b"\n")
-
-    # -- the prompt
 
     def indented(self, source, text):
         """The text of a source; the prompt's carriage returns lead to the end of its prefix."""
-        if source is not self.prompt or not self.style.columns:
+        if source is not self.prompt or not self.style.label:
             return text
         return text.replace(b"\r", b"\r\x1b[%dC" % self.style.columns)
 
     def wipe(self):
         """What takes the prompt's line off the terminal."""
-        import re
         text = re.sub(ESCAPE + rb"|[\0-\x0c\x0e-\x1f]", b"", self.line).decode("utf-8", "replace")
         longest = self.style.columns + max(map(len, text.split("\r")))
         rows = max(0, longest - 1) // max(1, self.columns)
@@ -871,18 +863,15 @@ class Printer:
 TELL, GIVE_UP = "tell who is waited for", "give up"
 
 
-def ladder(now, grace, patience):
-    """Return the steps of a shutdown, as (monotonic seconds, what to do): SIGTERM, SIGKILL, end.
+def hurried(when):
+    """The last steps of a shutdown, as (monotonic seconds, what to do)."""
+    return [(when, signal.SIGKILL), (when + LAST, GIVE_UP)]
 
-    `patience` is the time after which the user is told who is waited for.
-    """
+
+def ladder(now, grace, patience):
+    """All steps of a shutdown: SIGTERM, after `patience` a word on who is waited for, SIGKILL, end."""
     steps = [(now, signal.SIGTERM), (now + min(patience, grace), TELL)] if grace else []
     return steps + hurried(now + grace)
-
-
-def hurried(when):
-    """The last steps alone."""
-    return [(when, signal.SIGKILL), (when + LAST, GIVE_UP)]
 
 
 def due(steps, now):
@@ -890,9 +879,9 @@ def due(steps, now):
     return [what for when, what in steps if when <= now], [each for each in steps if each[0] > now]
 
 
-def until(times):
-    """Seconds until the first of some times (monotonic); None if there is none."""
-    return max(0, min(times) - time.monotonic()) if times else None
+def until(times, now):
+    """Seconds from now until the first of some times; None if there is none."""
+    return max(0, min(times) - now) if times else None
 
 
 # Everything above is pure; everything below talks to the kernel.
@@ -900,15 +889,8 @@ def until(times):
 def complain(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail."""
     try:
-        os.write(2, "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass
-
-
-def close_quietly(fd):
-    """os.close() of a number that may not be open."""
-    try:
-        os.close(fd)
+        text = "".join("procrun: %s\n" % line for line in lines)
+        os.write(2, text.encode("utf-8", "backslashreplace"))
     except OSError:
         pass
 
@@ -930,10 +912,17 @@ def read_some(fd):
         raise
 
 
+def pipe(*blocking):
+    """os.pipe() whose reading and writing end block or not."""
+    ends = os.pipe()
+    for fd, blocks in zip(ends, blocking):
+        os.set_blocking(fd, blocks)
+    return ends
+
+
 def widen(fd, capacity):
     """Give a pipe this capacity (bytes) where the system can: fewer, larger reads."""
     try:
-        import fcntl
         fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), capacity)
     except OSError:
         pass    # not Linux, not a pipe, or beyond the user's share: it works with less
@@ -941,15 +930,9 @@ def widen(fd, capacity):
 
 # Signals: asynchronous -> readable ---------------------------------------------------------------
 
-CAUGHT = "INT TERM HUP QUIT USR1 USR2 TSTP CONT CHLD WINCH".split()
-
-
-def signal_pipe():
-    """Have each signal written to a pipe as a byte; return its ends, neither of which blocks."""
-    ends = os.pipe()
-    for fd in ends:
-        os.set_blocking(fd, False)
-    return ends
+ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+PASSED_ON = signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT
+CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCHLD, signal.SIGWINCH}
 
 
 class Signals:
@@ -959,21 +942,19 @@ class Signals:
     """
 
     def __enter__(self):
-        self.caught = [getattr(signal, "SIG" + name) for name in CAUGHT]
         # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
-        self.ignored = {each for each in [signal.SIGHUP] if signal.getsignal(each) == signal.SIG_IGN}
-        self.caught = [each for each in self.caught if each not in self.ignored]
-        self.fd, self.wakeup = signal_pipe()
+        self.ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self.fd, self.wakeup = pipe(False, False)
         self.old_wakeup = signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
-        self.old = [(each, signal.signal(each, lambda *args: None)) for each in self.caught]
+        self.old = {each: signal.signal(each, lambda *args: None) for each in CAUGHT - self.ignored}
         self.old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         return self
 
     def __exit__(self, *exception):
         # Blocked until the old mask returns: a late signal must not meet a half restored state.
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.caught)
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
         signal.set_wakeup_fd(self.old_wakeup)
-        for number, old in self.old:
+        for number, old in self.old.items():
             signal.signal(number, signal.SIG_DFL if old is None else old)
         signal.pthread_sigmask(signal.SIG_SETMASK, self.old_mask)
         os.close(self.fd)
@@ -1012,13 +993,24 @@ def signal_group(group, number):
 
 
 def signal_leader(pid, number):
-    """Send a signal to a leader's group, or to the leader where there is no group yet: between fork
-    and setsid.  Only while it is not reaped."""
+    """Send a signal to the group of a leader that is not reaped; between fork and setsid there is
+    no group yet, but the leader."""
     if not signal_group(pid, number):
         try:
             os.kill(pid, number)
         except (ProcessLookupError, PermissionError):
             pass
+
+
+def fork_blocked():
+    """os.fork() with all signals blocked in the child, so that none is lost between two owners."""
+    mask, pid = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals()), None
+    try:
+        pid = os.fork()
+    finally:
+        if pid != 0:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return pid
 
 
 # Child: one instance, forked ---------------------------------------------------------------------
@@ -1028,20 +1020,23 @@ class Child:
 
     It is done when its exit status is known and its output at its end.
     """
-    __slots__ = ("place", "instance", "source", "terminal", "fd", "output", "pid", "status", "began")
+    __slots__ = "place instance source terminal fd output pid status began".split()
 
     def __init__(self, place, instance, source, terminal):
         self.place, self.instance, self.source = place, instance, source
         self.terminal = terminal                # whether it gets a PTY
         self.fd = self.output = None            # the end that procrun reads, and the other one
         self.pid = self.status = None           # status: as of subprocess, -N for signal N
-        self.began = time.monotonic()
+        self.began = None                       # when (monotonic)
 
     def open(self, capacity, echo):
         """Make its pipe of this capacity (bytes), or its PTY; raises OSError."""
         if self.terminal:
             self.fd, self.output = os.openpty()
-            prepare_terminal(self.output, echo)
+            modes = termios.tcgetattr(self.output)
+            modes[1] &= ~termios.OPOST    # or each line ends in CR LF
+            modes[3] &= ~termios.ECHO | (termios.ECHO if echo else 0)
+            termios.tcsetattr(self.output, termios.TCSANOW, modes)
         else:
             self.fd, self.output = os.pipe()
             widen(self.output, capacity)
@@ -1055,52 +1050,27 @@ class Child:
         return "terminated by " + signal_name(-self.status)
 
 
-def prepare_terminal(fd, echo):
-    """Have a new PTY pass output as it is (no CR before LF), and echo input or not."""
-    import termios
-    modes = termios.tcgetattr(fd)
-    modes[1] &= ~termios.OPOST
-    if not echo:
-        modes[3] &= ~termios.ECHO
-    termios.tcsetattr(fd, termios.TCSANOW, modes)
-
-
-def resize(fd, columns, rows):
-    """Set the window size of a PTY; its processes get SIGWINCH."""
-    import fcntl
-    import struct
-    import termios
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-
 Ground = namedtuple("Ground", "root variables stdin limits ignored")
 Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to bytes)
-before the instance's own part, the fd of their stdin, RLIMIT_NOFILE to restore or None, the signals
-to leave ignored."""
+before the instance's own part, the fd of their stdin, RLIMIT_NOFILE, the signals to ignore."""
 
 
 def become(ground, child, reports):
-    """The forked side of a child; never returns.  All signals are blocked here until it is ready.
-
-    It reports itself before exec, so that this is known before any of its output; and a failure.
-    """
+    """The forked side of a child; never returns.  It reports itself before exec, so that this is
+    known before any of its output, or why it could not."""
     try:
         signal.set_wakeup_fd(-1)    # or a signal that arrives here is taken for the guard's
         os.setsid()
         os.write(reports, b"started %d %d\n" % (child.place, os.getpid()))
         environment = {**ground.variables, **child.instance.variables}
         if child.terminal:
-            import fcntl
-            import termios
             fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
             environment.setdefault(b"TERM", b"dumb")
         os.dup2(child.output if child.terminal else ground.stdin, 0)
         os.dup2(child.output, 1)
         os.dup2(child.output, 2)
-        if ground.limits:
-            import resource
-            resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
         os.chdir(ground.root)
+        resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
         default_signals(ground.ignored)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.execve("/bin/sh", [b"/bin/sh", b"-c", child.instance.command], environment)
@@ -1147,83 +1117,85 @@ def peek():
     return info.si_pid, info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
+def restore_terminal(path, raw, old):
+    """Give a terminal its old modes back, if it still has the raw ones (it may be another by now)."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+        if termios.tcgetattr(fd) == raw:
+            termios.tcsetattr(fd, termios.TCSANOW, old)
+        os.close(fd)
+    except (OSError, termios.error):
+        pass    # it is gone
+
+
 class Guard:
     """The parent of all children: a process that forks, signals and reaps them, and ends with them.
 
-    It reads orders, each a byte, a signal for all groups; their end means that procrun is gone: then
-    SIGTERM, after the grace period SIGKILL.  It reports, in lines, `started PLACE PID`, `failed
-    PLACE ERRNO`, `ended PLACE STATUS`, `killed 0 PID` (an adopted process); the end of the reports
-    means that nothing is left.
+    It reads orders, each a byte: a signal for all groups.  Their end means that procrun is gone:
+    then SIGTERM, after the grace period SIGKILL.  It reports in lines, `started PLACE PID`,
+    `failed PLACE ERRNO`, `ended PLACE STATUS` and, of what a leader left behind and had to be
+    killed, `killed 0 PID`.  The end of the reports means that nothing is left.
     """
 
     def __init__(self, ground, children, grace, terminal):
         self.ground, self.waiting, self.grace = ground, list(children), grace
-        self.terminal = terminal    # the path and modes to restore if procrun is killed, or None
+        self.terminal = terminal    # what restore_terminal() needs if procrun is killed, or None
         self.leaders = {}           # process id -> Child, not reaped
         self.orphaned = set()       # groups that outlived their leader, where none is adopted
         self.last = None            # SIGTERM or SIGKILL once it was sent
-        self.told = set()           # groups that got it
+        self.told = set()           # the groups that got it
         self.killed = set()         # adopted processes that were reported as killed
-        self.steps = []
-        self.childless = self.over = False
+        self.steps = []             # of a shutdown without procrun
+        self.over = False
 
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
-        orders, self.orders = os.pipe()
-        self.reports, reports = os.pipe()
-        everything = signal.valid_signals()
-        mask = signal.pthread_sigmask(signal.SIG_SETMASK, everything)
-        pid = None
-        try:
-            pid = os.fork()
-        finally:
-            if pid != 0:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        (orders, order), (report, self.reports) = os.pipe(), pipe(False, True)
+        pid = fork_blocked()
         if pid == 0:
             try:
-                self.run(orders, reports)
+                self.run(orders)
                 os._exit(0)
             finally:
                 os._exit(1)
         os.close(orders)
-        os.close(reports)
-        return pid, self.orders, self.reports
+        os.close(self.reports)
+        return pid, order, report
 
-    def run(self, orders, reports):
+    def run(self, orders):
         """The forked side.  A session of its own, and all signals but SIGCHLD blocked for ever:
         neither Ctrl-C nor a closed terminal reach it, and it holds nothing that others wait for."""
         os.setsid()
         os.chdir("/")
-        keep = {orders, reports, self.ground.stdin, *(child.output for child in self.waiting)}
+        keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
         for fd in set(open_fds()) - keep:
-            close_quietly(fd)
-        self.reports = reports
+            os.closerange(fd, fd + 1)    # one of them is closed already
         self.adopts = become_subreaper()
-        signals, wakeup = signal_pipe()
+        signals, wakeup = pipe(False, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
         self.selector = selectors.DefaultSelector()
         self.selector.register(orders, selectors.EVENT_READ, self.on_order)
         self.selector.register(signals, selectors.EVENT_READ, read_some)
-        while self.waiting or self.orphaned or not (self.childless or self.over):
+        while not self.over:
             self.turn()
 
     def turn(self):
         """Wait for something to happen, and act upon it; between two forks, do not wait."""
-        times = [when for when, _ in self.steps[:1]]
-        if self.waiting or (self.last and self.orphaned):    # nothing tells when orphans end
-            times.append(time.monotonic() + (0 if self.waiting else 0.05))
-        for key, _ in self.selector.select(until(times)):
+        now = time.monotonic()
+        times = [when for when, _ in self.steps[:1]] + [now] * bool(self.waiting)
+        if self.last and self.orphaned:
+            times.append(now + 0.05)    # nothing tells when those have ended
+        for key, _ in self.selector.select(until(times, now)):
             key.data(key.fd)
         whats, self.steps = due(self.steps, time.monotonic())
         for what in whats:
-            if what is GIVE_UP:
-                self.over, self.orphaned = True, set()
-            else:
+            if what is not GIVE_UP:
                 self.send(what)
         if self.waiting:
             self.spawn(self.waiting.pop(0))
         self.reap()
+        self.over = self.over or GIVE_UP in whats
 
     def on_order(self, fd):
         """procrun orders a signal, or is gone."""
@@ -1239,28 +1211,24 @@ class Guard:
             killing = self.last == signal.SIGKILL
             self.steps = hurried(time.monotonic() + (0 if killing else self.grace))
 
-    def report(self, line):
-        """Write a line (bytes) to procrun, which may be gone."""
+    def report(self, *words):
+        """Write a line to procrun, which may be gone."""
         try:
-            os.write(self.reports, line + b"\n")
+            os.write(self.reports, b"%s %d %d\n" % words)
         except BrokenPipeError:
             pass
 
     def spawn(self, child):
-        """Fork a child, with all signals blocked: none is lost between two owners."""
-        pid, mask = None, signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        """Fork a child; if that fails, no more."""
         try:
-            pid = os.fork()
+            pid = fork_blocked()
             if not pid:
                 become(self.ground, child, self.reports)
             self.leaders[pid] = child
-            self.childless = False
         except OSError as error:
             self.waiting.clear()
-            self.report(b"failed %d %d" % (child.place, error.errno))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            os.close(child.output)
+            self.report(b"failed", child.place, error.errno)
+        os.close(child.output)
 
     def adopted(self):
         """The children that it did not fork: what leaders left behind when they died."""
@@ -1291,7 +1259,7 @@ class Guard:
             return
         for pid in self.adopted() - self.killed:
             self.killed.add(pid)
-            self.report(b"killed 0 %d" % pid)
+            self.report(b"killed", 0, pid)
 
     def reap(self):
         """Look at each dead child, act, and only then reap it: until then its id is its own."""
@@ -1299,30 +1267,18 @@ class Guard:
             pid, status = peek()
             while pid:
                 child = self.leaders.pop(pid, None)
-                if child and not self.adopts and signal_group(pid, self.last or 0):
+                if child and not self.adopts and signal_group(pid, 0):
                     self.orphaned.add(pid)
                 if hasattr(os, "waitid"):
                     os.waitpid(pid, 0)
                 if child:
-                    self.report(b"ended %d %d" % (child.place, status))
+                    self.report(b"ended", child.place, status)
                 pid, status = peek()
         except ChildProcessError:
-            self.childless = True
+            self.over = not (self.waiting or self.orphaned)
         self.orphaned = {group for group in self.orphaned if signal_group(group, 0)}
-        if self.last and not self.childless:
+        if self.last:
             self.pursue()
-
-
-def restore_terminal(path, raw, old):
-    """Give a terminal its old modes back, if it still has the raw ones (it may be another by now)."""
-    import termios
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
-        if termios.tcgetattr(fd) == raw:
-            termios.tcsetattr(fd, termios.TCSANOW, old)
-        os.close(fd)
-    except (OSError, termios.error):
-        pass    # it is gone
 
 
 # Sink: lines -> stdout ---------------------------------------------------------------------------
@@ -1335,9 +1291,9 @@ class Sink:
         self.fd, self.full, self.error = fd, False, None
         self.moved = 0            # bytes written so far
         self.most = None          # bytes to write at once, None: any number
-        mode, null = os.fstat(fd), os.stat(os.devnull)
-        self.waits = not (stat.S_ISREG(mode.st_mode) or stat.S_ISBLK(mode.st_mode)
-                          or os.path.samestat(mode, null))
+        status = os.fstat(fd)
+        self.waits = not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
+                          or os.path.samestat(status, os.stat(os.devnull)))
         if self.waits:
             self.open_again()
 
@@ -1347,26 +1303,22 @@ class Sink:
         Where that cannot be had (a socket, macOS, a terminal of another user), no more is written
         at once than a writable pipe takes without blocking (PIPE_BUF, POSIX)."""
         try:
-            self.fd = os.open("/proc/self/fd/%d" % self.fd,
-                              os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            self.fd = os.open("/proc/self/fd/%d" % self.fd, flags)
             widen(self.fd, CHUNK)
         except OSError:
             self.most = 512
-
-    def ready(self):
-        """Whether a write can be tried without blocking."""
-        if not self.most:
-            return True
-        with selectors.SelectSelector() as selector:
-            selector.register(self.fd, selectors.EVENT_WRITE)
-            return bool(selector.select(0))
+            self.selector = selectors.DefaultSelector()
+            self.selector.register(self.fd, selectors.EVENT_WRITE)
 
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes."""
         try:
             self.full = False
             while queue and not self.full:
-                self.full = not self.ready() or not self.write_once(queue)
+                self.full = bool(self.most and not self.selector.select(0))
+                if not self.full:
+                    self.write_once(queue)
         except BlockingIOError:
             self.full = True
         except OSError as error:
@@ -1374,18 +1326,17 @@ class Sink:
             queue.clear()
 
     def write_once(self, queue):
-        """One system call; returns whether anything was taken."""
+        """One system call."""
         batch = [queue[0][:self.most]] if self.most else queue[:256]
         taken = os.writev(self.fd, batch)
         self.moved += taken
-        for place, buffer in enumerate(batch):
-            if taken < len(queue[place]):
-                queue[place] = memoryview(queue[place])[taken:]
-                del queue[:place]
-                return True
-            taken -= len(buffer)
-        del queue[:len(batch)]
-        return True
+        done = 0
+        while done < len(batch) and taken >= len(queue[done]):
+            taken -= len(queue[done])
+            done += 1
+        del queue[:done]
+        if taken:
+            queue[0] = memoryview(queue[0])[taken:]
 
 
 # Keyboard: keys -> bytes -------------------------------------------------------------------------
@@ -1394,35 +1345,27 @@ class Keyboard:
     """The user's terminal (fd 0) while one instance is attached: it passes each key on as it is."""
 
     def __init__(self):
-        import termios
         self.old, modes = termios.tcgetattr(0), termios.tcgetattr(0)
         modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
         modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
-        self.raw = modes
-        self.keys = {self.old[6][getattr(termios, "V" + name)]: getattr(signal, "SIG" + number)
-                     for name, number in (("INTR", "INT"), ("QUIT", "QUIT"), ("SUSP", "TSTP"))}
-        self.interrupted = float("-inf")    # when SIGINT's key was last pressed
-        self.take()
+        self.keys = {modes[6][termios.VINTR]: signal.SIGINT, modes[6][termios.VQUIT]: signal.SIGQUIT,
+                     modes[6][termios.VSUSP]: signal.SIGTSTP}
+        self.pattern = re.compile(b"([%s])" % re.escape(b"".join(self.keys)))
+        self.interrupted = float("-inf")    # when the key of SIGINT was last pressed (monotonic)
+        self.set(modes)
         self.raw = termios.tcgetattr(0)     # as the terminal has it
 
-    def take(self):
-        """Have the keys passed on."""
-        import termios
-        termios.tcsetattr(0, termios.TCSANOW, self.raw)
-
-    def give_back(self):
-        """Have the terminal as it was."""
-        import termios
+    def set(self, modes):
+        """Set the terminal's modes, to .raw or .old."""
         try:
-            termios.tcsetattr(0, termios.TCSANOW, self.old)
+            termios.tcsetattr(0, termios.TCSANOW, modes)
         except termios.error:
             pass    # it is gone
 
     def split(self, typed):
         """Yield (signal or None, bytes) for the keys that stand for signals, and what is between."""
-        import re
-        for part in filter(None, re.split(b"([%s])" % re.escape(b"".join(self.keys)), typed)):
+        for part in filter(None, self.pattern.split(typed)):
             yield self.keys.get(part), part
 
 
@@ -1431,8 +1374,6 @@ class Keyboard:
 Options = namedtuple("Options", "grace can_die quiet")
 Options.__doc__ = """How a set is run: grace period (seconds); the instances whose exit 0 does not end
 it; the instances whose output is dropped."""
-
-ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 
 
 def ports_taken(ports):
@@ -1461,11 +1402,11 @@ class Supervisor:
         self.status = None         # the exit status, from the begin of the shutdown on
         self.patience = 0          # until when (monotonic) a stdout that takes nothing is waited for
         self.moved = 0             # what stdout had taken when that was last looked at
-        self.over = False          # nothing is left, or the shutdown has been given up
+        self.over = False          # the shutdown has been given up
         self.killed = []           # what got SIGKILL: names of instances, "process N"
-        self.attached = self.keyboard = self.guard_status = None
+        self.attached = self.keyboard = self.guard = self.guard_status = None
         self.typed = bytearray()   # what the attached child has not taken yet
-        self.report_text = b""
+        self.report = b""          # the unfinished line of the guard's reports
         become_subreaper()         # for the case that the guard is killed
         self.strangers = own_children()    # a shell's that exec'ed procrun, say: not ours to end
         self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
@@ -1489,7 +1430,10 @@ class Supervisor:
         self.busy.register(fd, selectors.EVENT_READ, method)
         self.stalled.register(fd, selectors.EVENT_READ, method)
 
-    # -- start
+    def unwatch(self, fd):
+        """No longer."""
+        self.busy.unregister(fd)
+        self.stalled.unregister(fd)
 
     def start(self, ground, attached):
         """Fork the guard, which forks the children."""
@@ -1497,40 +1441,19 @@ class Supervisor:
         for child in self.children:
             if child.instance.port in taken:
                 self.say("%s: port %d is already in use" % (child.instance.name, child.instance.port))
-        stdin, self.unwritten = os.pipe()
-        terminal = None
         if attached:
-            self.attach(attached)
-            terminal = os.ttyname(0), self.keyboard.raw, self.keyboard.old
-        guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, terminal)
+            self.attached, self.printer.prompt, self.keyboard = attached, attached.source, Keyboard()
+            self.watch(0, self.on_keys)
+        stdin, self.unwritten = os.pipe()
+        guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, attached and (
+            os.ttyname(0), self.keyboard.raw, self.keyboard.old))
+        self.resize()
         self.guard, self.orders, self.reports = guard.fork()
-        os.set_blocking(self.reports, False)
         self.watch(self.reports, self.on_reports)
         os.close(stdin)
         for child in self.children:
             os.close(child.output)
             self.busy.register(child.fd, selectors.EVENT_READ, partial(self.on_output, child))
-        self.resize()
-
-    def attach(self, child):
-        """Give the keyboard to a child."""
-        self.attached = child
-        self.printer.prompt = child.source
-        self.keyboard = Keyboard()
-        self.watch(0, self.on_keys)
-
-    def order(self, number):
-        """Have the guard signal all groups."""
-        try:
-            os.write(self.orders, bytes([number]))
-        except OSError:
-            pass    # it has ended, or was killed
-
-    def fail(self, message):
-        """procrun cannot go on: say so, end the set with status 1."""
-        if self.status is None:
-            complain(message)
-            self.begin(1)
 
     # -- output
 
@@ -1553,7 +1476,7 @@ class Supervisor:
             self.fail("cannot write the output: %s" % error.strerror)
 
     def on_output(self, child):
-        """A child has written, or its output is at its end; or it takes what is typed again."""
+        """A child has written, or its output is at its end, or it takes what is typed again."""
         if self.typed and child is self.attached:
             self.type(b"")
         if child.pid is None:
@@ -1618,7 +1541,7 @@ class Supervisor:
         data = None if self.reports is None else read_some(self.reports)
         if data is None:
             return
-        *lines, self.report_text = (self.report_text + data).split(b"\n")
+        *lines, self.report = (self.report + data).split(b"\n")
         for line in lines:
             word, place, value = line.decode().split()
             getattr(self, "on_" + word)(self.children[int(place)], int(value))
@@ -1644,8 +1567,7 @@ class Supervisor:
         self.left.discard(child)
         if child.fd is None:
             self.settle(child)
-        else:
-            self.drain(child)
+        self.drain(child)
         if self.status is None and (status != 0 or child.instance not in self.options.can_die):
             self.begin(status if status >= 0 else 128 - status, child)
         elif self.status is None and not self.left:
@@ -1654,8 +1576,7 @@ class Supervisor:
     def on_guard_gone(self):
         """The guard has ended: nothing is left.  But what a pipe holds is still to be read, and
         where there is no subreaper, a process that has left its group may hold it."""
-        for selector in (self.busy, self.stalled):
-            selector.unregister(self.reports)
+        self.unwatch(self.reports)
         os.close(self.reports)
         self.reports = None
         if self.bury_guard() != 0:
@@ -1691,14 +1612,25 @@ class Supervisor:
         for number in self.signals.arrived():
             if number in ENDING:
                 self.on_end(number)
-            elif number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+            elif number in PASSED_ON:
                 self.order(number)
             elif number == signal.SIGTSTP:
                 self.pause()
             elif number == signal.SIGWINCH:
                 self.resize()
-            elif number == signal.SIGCHLD:
+            else:
                 self.reap()
+
+    def on_end(self, number):
+        """A signal that ends procrun: the first begins the shutdown, a later Ctrl-C hurries it."""
+        if self.status is None:
+            self.say("%s received, shutting down" % signal_name(number))
+            self.begin(128 + number)
+        elif number in (signal.SIGINT, signal.SIGTERM):
+            if self.reports is None:
+                self.over = True    # only stdout is waited for
+            elif any(what == signal.SIGKILL for _, what in self.steps):
+                self.steps = hurried(time.monotonic())
 
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container the orphans of others."""
@@ -1711,25 +1643,15 @@ class Supervisor:
         except ChildProcessError:
             pass
 
-    def on_end(self, number):
-        """A signal that ends procrun: the first begins the shutdown, a later Ctrl-C hurries it."""
-        if self.status is None:
-            self.say("%s received, shutting down" % signal_name(number))
-            self.begin(128 + number)
-        elif self.reports is None:
-            self.over = True    # only stdout is waited for
-        elif number in (signal.SIGINT, signal.SIGTERM) and not self.killing():
-            self.steps = hurried(time.monotonic())
-
     def pause(self):
         """Ctrl-Z: the children are in sessions of their own, where the terminal's SIGTSTP does not
         reach them and their own would be ignored (orphaned groups), so it is SIGSTOP for all."""
         self.order(signal.SIGSTOP)
         if self.keyboard:
-            self.keyboard.give_back()
+            self.keyboard.set(self.keyboard.old)
         os.kill(os.getpid(), signal.SIGSTOP)
         if self.keyboard:
-            self.keyboard.take()
+            self.keyboard.set(self.keyboard.raw)
 
     def resize(self):
         """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
@@ -1739,20 +1661,19 @@ class Supervisor:
             columns = max(1, self.printer.columns - self.printer.style.columns)
         for child in self.children:
             if child.terminal and child.fd is not None:
-                resize(child.fd, columns, rows)
+                size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
+                fcntl.ioctl(child.fd, termios.TIOCSWINSZ, size)
 
     def on_keys(self):
         """Keys for the attached child; those of signals end the set, or stop it."""
-        typed = read_some(0)
+        typed, now = read_some(0), time.monotonic()
         if not typed:
-            self.busy.unregister(0)
-            self.stalled.unregister(0)
-        for number, data in self.keyboard.split(typed):
-            now, child = time.monotonic(), self.attached
+            self.unwatch(0)
+        for number, data in self.keyboard.split(typed or b""):
+            first = self.status is None and now - self.keyboard.interrupted > 1
             if number == signal.SIGTSTP:
                 self.pause()
-            elif number == signal.SIGINT and self.status is None and child.fd is not None and (
-                    now - self.keyboard.interrupted > 1):
+            elif number == signal.SIGINT and first and self.attached.fd is not None:
                 self.keyboard.interrupted = now
                 self.type(data)
             elif number:
@@ -1762,25 +1683,20 @@ class Supervisor:
 
     def type(self, data):
         """Write to the attached child's PTY; what it does not take now, later."""
-        child = self.attached
-        self.typed += data
-        if child.fd is None:
-            self.typed.clear()
+        fd = self.attached.fd
+        if fd is None:
             return
+        self.typed += data
         try:
-            del self.typed[:os.write(child.fd, self.typed)]
+            del self.typed[:os.write(fd, self.typed)]
         except BlockingIOError:
             pass
         except OSError:
-            self.typed.clear()
+            self.typed.clear()    # it has ended
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.typed else 0)
-        self.busy.modify(child.fd, events, self.busy.get_key(child.fd).data)
+        self.busy.modify(fd, events, self.busy.get_key(fd).data)
 
     # -- the end
-
-    def killing(self):
-        """Whether SIGKILL has been sent."""
-        return self.status is not None and all(what is GIVE_UP for _, what in self.steps)
 
     def begin(self, status, child=None):
         """Begin the shutdown; `status` is procrun's, `child` the one that caused it, if any did."""
@@ -1789,10 +1705,16 @@ class Supervisor:
         self.status, now = status, time.monotonic()
         if child:
             self.say("%s %s after %.1f s, stopping the rest" % (
-                child.instance.name, child.ending, now - child.began))
+                child.instance.name, child.ending, now - (child.began or now)))
             self.patience = now + self.options.grace + LAST
         self.steps = ladder(now, self.options.grace, 0.1 if os.isatty(1) else 1.0)
         self.obey()
+
+    def fail(self, message):
+        """procrun cannot go on: say so, end the set with status 1."""
+        if self.status is None:
+            complain(message)
+            self.begin(1)
 
     def obey(self):
         """Do what the shutdown has due."""
@@ -1805,6 +1727,13 @@ class Supervisor:
             else:
                 self.send(what)
 
+    def order(self, number):
+        """Have the guard signal all groups."""
+        try:
+            os.write(self.orders, bytes([number]))
+        except OSError:
+            pass    # it has ended, or was killed
+
     def send(self, number):
         """SIGTERM or SIGKILL to all that is left."""
         if self.left:
@@ -1816,10 +1745,10 @@ class Supervisor:
     def tell(self):
         """Say who is waited for."""
         names = [child.instance.name for child in self.children if child in self.left]
-        left = next((when for when, what in self.steps if what == signal.SIGKILL), None)
-        if self.reports is not None and left is not None:
-            self.say("waiting for %s (SIGKILL in %.0f s; Ctrl-C kills now)" % (
-                ", ".join(names) or "processes that were left behind", left - time.monotonic()))
+        for when, what in self.steps:
+            if what == signal.SIGKILL and self.reports is not None:
+                self.say("waiting for %s (SIGKILL in %.0f s; Ctrl-C kills now)" % (
+                    ", ".join(names) or "what they left behind", when - time.monotonic()))
 
     def give_up(self):
         """The time is over.  While stdout takes something, go on; else end: what still holds a pipe
@@ -1830,10 +1759,10 @@ class Supervisor:
             return
         self.over = True
         for child in self.children:
-            if child.fd is not None and not self.sink.full:
-                self.drain(child)
+            self.drain(child)
             if child.fd is not None and child.pid:
                 self.say("its output is still held by a process that left its group", child.source)
+        self.flush()
 
     def finished(self):
         """Whether nothing is left and everything is told, or the shutdown was given up."""
@@ -1846,7 +1775,7 @@ class Supervisor:
         if self.partial and not self.sink.full:
             times.append(next(iter(self.partial.values())))
         selector = self.stalled if self.sink.full else self.busy
-        for key, _ in selector.select(until(times)):
+        for key, _ in selector.select(until(times, time.monotonic())):
             key.data()
         self.show_partial()
         self.obey()
@@ -1854,18 +1783,19 @@ class Supervisor:
 
     def put_down(self):
         """Whatever happened: leave no child, no guard, and the terminal as it was."""
-        self.order(signal.SIGKILL)
-        os.close(self.orders)
-        if self.reports is not None and self.bury_guard() != 0:
-            self.take_over()
+        if self.guard:
+            self.order(signal.SIGKILL)
+            os.close(self.orders)
+            if self.reports is not None and self.bury_guard() != 0:
+                self.take_over()
         if self.keyboard:
-            self.keyboard.give_back()
+            self.keyboard.set(self.keyboard.old)
 
 
 # Files: all of them as a whole, or none ----------------------------------------------------------
 
 def write_new(path, mode, data):
-    """Create a file with this content (bytes), private from its first byte on, and have it on disk."""
+    """Create a file with this content (bytes), private from its first byte on; have it on disk."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(fd, "wb") as file:
         file.write(data)
@@ -1892,83 +1822,73 @@ def marked(folder, depth, pattern):
     return found
 
 
-class Installation:
-    """Files on their way to a location (a folder, made if missing): install() or nothing changes."""
+def in_the_way(location, files, ours, force):
+    """Raise Failure if something stands where a file is to be, that is not among `ours`."""
+    for file in files:
+        path = os.path.join(location, file.path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise Failure("%s: is a directory; move it away" % path)
+        if os.path.lexists(path) and file.path not in ours and not force:
+            raise Failure("%s: exists and is not of this app and format; move it away, or use "
+                          "--force" % path)
 
-    def __init__(self, location, files):
-        self.location, self.files = location, files
-        self.undo = []    # what takes the steps so far back, as (function, arguments)
 
-    def path(self, file, prefix=""):
-        """The path of a file, or of a temporary one beside it."""
-        folder, name = os.path.split(os.path.join(self.location, file.path))
-        return os.path.join(folder, ".%s.%s-%d" % (name, prefix, os.getpid()) if prefix else name)
+def make_folder(path, undo):
+    """Make a folder and those above it, as far as they are missing."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path), undo)
+        os.mkdir(path, 0o755)
+        undo.append((os.rmdir, path))
 
-    def check(self, ours, force):
-        """Raise Failure if a file is in the way that is not among `ours` (relative paths)."""
-        for file in self.files:
-            path = self.path(file)
-            if os.path.isdir(path) and not os.path.islink(path):
-                raise Failure("%s: is a directory; move it away" % path)
-            if os.path.lexists(path) and file.path not in ours and not force:
-                raise Failure("%s: exists and is not of this app and format; "
-                              "move it away, or use --force" % path)
 
-    def make_folder(self, path):
-        """Make a folder and those above it."""
-        if not os.path.isdir(path):
-            self.make_folder(os.path.dirname(path))
-            os.mkdir(path, 0o755)
-            self.undo.append((os.rmdir, path))
+def beside(path, suffix):
+    """The path of a hidden file in the same folder."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, ".%s.%s-%d" % (name, suffix, os.getpid()))
 
-    def install(self):
-        """Write all files beside their places, then move them there; raises OSError."""
-        try:
-            for file in self.files:
-                self.make_folder(os.path.dirname(self.path(file)))
-                self.undo.append((os.unlink, self.path(file, "new")))
-                write_new(self.path(file, "new"), file.mode, file.text.encode("utf-8", "surrogateescape"))
-            for file in self.files:
-                self.move(file)
-        except OSError:
-            self.roll_back()
-            raise
-        for function, *paths in self.undo:
-            if function is os.replace:
-                os.unlink(paths[0])
-        for folder in {os.path.dirname(self.path(file)) for file in self.files}:
+
+def install(location, files):
+    """Write all files beside their places, then move them there; or leave all as it was, and raise
+    OSError.  What a file replaces has a second name until all is done."""
+    undo, replaced = [], []
+    paths = [os.path.join(location, file.path) for file in files]
+    try:
+        for path, file in zip(paths, files):
+            make_folder(os.path.dirname(path), undo)
+            undo.append((os.unlink, beside(path, "new")))
+            write_new(beside(path, "new"), file.mode, file.text.encode("utf-8", "surrogateescape"))
+        for path in paths:
+            if os.path.lexists(path):
+                os.link(path, beside(path, "old"), follow_symlinks=False)
+                replaced.append(beside(path, "old"))
+                undo.append((os.replace, beside(path, "old"), path))
+            else:
+                undo.append((os.unlink, path))
+            os.replace(beside(path, "new"), path)
+        for folder in sorted(set(map(os.path.dirname, paths))):
             fd = os.open(folder, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-
-    def move(self, file):
-        """Move a file to its place; what was there is kept by a second name until all is done."""
-        path, old = self.path(file), self.path(file, "old")
-        if os.path.lexists(path):
-            os.link(path, old, follow_symlinks=False)
-            self.undo.append((os.replace, old, path))
-        else:
-            self.undo.append((os.unlink, path))
-        os.replace(self.path(file, "new"), path)
-
-    def roll_back(self):
-        """Have everything as it was."""
-        for function, *paths in reversed(self.undo):
+    except OSError:
+        for function, *arguments in reversed(undo):
             try:
-                function(*paths)
+                function(*arguments)
             except OSError:
                 pass    # that step had not been taken
-
-    def remove(self, name):
-        """Remove a file, and its folders as far as they are empty then."""
-        path = os.path.join(self.location, name)
+        raise
+    for path in replaced:
         os.unlink(path)
-        try:
-            while name.count("/"):
-                path, name = os.path.dirname(path), os.path.dirname(name)
-                os.rmdir(path)
-        except OSError:
-            pass    # not empty
+
+
+def remove(location, name):
+    """Remove a file, and the folders between, as far as they are empty then."""
+    os.unlink(os.path.join(location, name))
+    try:
+        while "/" in name:
+            name = os.path.dirname(name)
+            os.rmdir(os.path.join(location, name))
+    except OSError:
+        pass    # not empty
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -1986,7 +1906,8 @@ def read_file(path):
 
 
 App = namedtuple("App", "types variables root")
-App.__doc__ = "What the files say: the process types, the variables of .env, the root directory."
+App.__doc__ = """What the files say: the process types; the environment (bytes to bytes) without
+procrun's own, which is that of .env and PYTHONUNBUFFERED; the root directory."""
 
 
 def split_names(given):
@@ -2012,11 +1933,17 @@ def load_app(args, types):
     """Read the environment files, and find the root directory."""
     path = procfile_path(args)
     root = args.root or ("." if path == "-" else os.path.dirname(path))
+    files = split_names((args.env_before or []) + (args.env or []))
     default = os.path.join(root, ".env")
     variables = {}
-    for name in split_names((args.env_before or []) + (args.env or [])) or [default] * os.path.exists(default):
+    for name in files or [default] * os.path.exists(default):
         variables.update(parse_env(read_file(name), name))
     return App(types, variables, os.path.abspath(root))
+
+
+def environment_of(app):
+    """The environment (bytes to bytes) of all instances alike: procrun's own, overlaid by .env."""
+    return {b"PYTHONUNBUFFERED": b"1", **os.environb, **app.variables}
 
 
 def planned(args, app):
@@ -2038,22 +1965,18 @@ def wants_colour(option, environment, terminal):
         return option == "always"
     if environment.get("NO_COLOR"):
         return False
-    if environment.get("FORCE_COLOR"):
-        return True
-    return terminal and environment.get("TERM") != "dumb"
+    return bool(environment.get("FORCE_COLOR")) or (terminal and environment.get("TERM") != "dumb")
 
 
 def raise_fd_limit(needed):
-    """Allow procrun `needed` file descriptors; return the limits to restore in a child, or None."""
-    import resource
-    soft, hard = old = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or needed <= soft:
-        return None
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise Failure("too few file descriptors: %d are needed, the limit is %d; raise it (ulimit -n)"
-                      % (needed, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return old
+    """Allow procrun `needed` file descriptors; return the limits before, for the children."""
+    soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        if hard != resource.RLIM_INFINITY and needed > hard:
+            raise Failure("too few file descriptors: %d are needed, the limit is %d; raise it with "
+                          "ulimit -n" % (needed, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return limits
 
 
 def tidy_fds():
@@ -2070,20 +1993,22 @@ def tidy_fds():
             pass    # it was the one that listed them
 
 
-def open_children(args, app, instances):
+def open_children(args, types, instances):
     """Return (the children, the attached one or None), with their pipes and PTYs open."""
-    attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
-    if attached and not (os.isatty(0) and os.isatty(1)):
+    wanted = selected([args.attach], instances, "--attach")[:1] if args.attach else []
+    if wanted and not (os.isatty(0) and os.isatty(1)):
         raise UsageError("--attach needs a terminal as standard input and output")
-    quiet, colours, children = [], type_colours(app.types), []
+    colours = {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
     capacity = 1 << max(16, min(20, (1 << 23) // len(instances)).bit_length() - 1)
+    children, attached = [], None
     for place, each in enumerate(instances):
-        terminal, roaming = args.pty or each in attached, args.pty and each not in attached and os.isatty(1)
-        unwanted = [COLOUR] * (args.color == "never") + [ROAMING] * roaming
-        child = Child(place, each, Source(each.name, colours[each.type], b"|".join(unwanted)), terminal)
-        child.open(capacity, each in attached)
-        children.append(child)
-    return children, next((child for child in children if child.instance in attached), None)
+        roaming = args.pty and os.isatty(1) and each not in wanted
+        unwanted = b"|".join([COLOUR] * (args.color == "never") + [ROAMING] * roaming)
+        source = Source(each.name, colours[each.type], unwanted)
+        children.append(Child(place, each, source, args.pty or each in wanted))
+        children[-1].open(capacity, each in wanted)
+        attached = children[-1] if each in wanted else attached
+    return children, attached
 
 
 def cmd_start(args):
@@ -2099,13 +2024,12 @@ def cmd_start(args):
     style = Style(max([6] + [len(each.name) for each in instances]),
                   wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix)
     try:
-        children, attached = open_children(args, app, instances)
+        children, attached = open_children(args, app.types, instances)
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
-    environment = {b"PYTHONUNBUFFERED": b"1", **os.environb, **app.variables}
     with Signals() as signals:
         supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
-        ground = Ground(app.root, environment, None, limits, signals.ignored)
+        ground = Ground(app.root, environment_of(app), None, limits, signals.ignored)
         return supervisor.run(children, ground, attached)
 
 
@@ -2114,24 +2038,21 @@ def cmd_run(args):
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise UsageError("run what? name a process type, or a command")
-    known = os.path.exists(procfile_path(args)) or args.procfile
+    known = args.procfile or os.path.exists(procfile_path(args))
     types = load_types(args) if known and len(command) == 1 else []
     app = load_app(args, types)
-    environment = {b"PYTHONUNBUFFERED": b"1", **os.environb, **app.variables}
+    environment = environment_of(app)
     counts = {each.name: int(each.name == command[0]) for each in types}
     for instance in expand(types, counts, base_port(args.port, app.variables, os.environb)):
         environment.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
+    # What CPython ignores; all else is as it was when procrun was started.
+    default_signals(signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ})
     try:
         os.chdir(app.root)
-    except OSError as error:
-        raise Failure("%s: %s" % (app.root, error.strerror))
-    # What CPython ignores; all else is as it was when procrun was started.
-    default_signals(set(signal.valid_signals()) - {signal.SIGPIPE, getattr(signal, "SIGXFSZ", None)})
-    try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
-        complain("%s: %s" % (command[0], error.strerror))
+        complain("%s: %s" % (error.filename or command[0], error.strerror))
         return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
 
 
@@ -2142,7 +2063,7 @@ def cmd_check(args):
     return 0
 
 
-def cmd_version(args):
+def cmd_version(_):
     """procrun version."""
     print("procrun " + VERSION)
     return 0
@@ -2153,10 +2074,14 @@ def primary_group(user):
     import grp
     import pwd
     try:
-        group = pwd.getpwnam(user).pw_gid
-        return grp.getgrgid(group).gr_name
+        return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     except KeyError:
         return None
+
+
+def mark_of(format, app):
+    """How the first comment of each file begins."""
+    return "Made by procrun export %s for the app %s. " % (format, app)
 
 
 def make_plan(args, app, counts, base):
@@ -2169,7 +2094,7 @@ def make_plan(args, app, counts, base):
     if not group and not args.user_units and args.format != "kubernetes":
         complain("warning: this machine has no user `%s`" % user)
     if log and not os.path.isdir(log):
-        complain("warning: there is no directory %s; the logs need it" % log)
+        complain("warning: there is no directory %s, which the logs need" % log)
     again = [each for each in args.argv if each not in ("--force", "--dry-run")]
     mark = mark_of(args.format, name) + "Again: cd %s && procrun.py %s" % (
         shlex.quote(os.getcwd()), " ".join(map(shlex.quote, again)))
@@ -2182,42 +2107,40 @@ def make_plan(args, app, counts, base):
                 app.types, counts, base, args.image, args.user_units, os.path.abspath(args.location))
 
 
-def mark_of(format, app):
-    """How the first comment of each file begins."""
-    return "Made by procrun export %s for the app %s. " % (format, app)
-
-
 def tell_export(text):
     """A line of an export."""
     print("[procrun export] " + text)
 
 
+def dry_run(plan, instances, format):
+    """Print every file with its name, the values masked."""
+    masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
+    for file in export_files(masked, instances, format):
+        tell_export("would write: %s, mode %04o" % (os.path.join(plan.location, file.path), file.mode))
+        sys.stdout.flush()
+        sys.stdout.buffer.write(file.text.encode("utf-8", "surrogateescape"))
+
+
 def cmd_export(args):
     """procrun export: write the configuration of a process manager."""
-    import re
     app = load_app(args, load_types(args))
     counts, base, instances = planned(args, app)
     plan = make_plan(args, app, counts, base)
     files = export_files(plan, instances, args.format)
     if args.dry_run:
-        hidden = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
-        for file in export_files(hidden, instances, args.format):
-            tell_export("would write: %s (mode %04o)" % (os.path.join(plan.location, file.path), file.mode))
-            sys.stdout.buffer.write(file.text.encode("utf-8", "surrogateescape"))
+        dry_run(plan, instances, args.format)
         return 0
-    pattern = re.compile(rb'(?m)^(?:# |; |<!-- | *"procrun/made-by": ")'
-                         + re.escape(mark_of(args.format, plan.app).encode()))
-    installation = Installation(plan.location, files)
+    mark = re.escape(mark_of(args.format, plan.app).encode())
+    pattern = re.compile(rb'(?m)^(?:# |; |<!-- | *"procrun/made-by": ")' + mark)
     try:
         ours = marked(plan.location, 2, pattern) if os.path.isdir(plan.location) else []
-        installation.check(ours, args.force)
-        installation.install()
+        in_the_way(plan.location, files, ours, args.force)
+        install(plan.location, files)
         for file in files:
-            tell_export("writing: " + installation.path(file))
-        for name in ours:
-            if name not in {file.path for file in files}:
-                installation.remove(name)
-                tell_export("removing: " + os.path.join(plan.location, name))
+            tell_export("writing: " + os.path.join(plan.location, file.path))
+        for name in sorted(set(ours) - {file.path for file in files}):
+            remove(plan.location, name)
+            tell_export("removing: " + os.path.join(plan.location, name))
     except OSError as error:
         raise Failure("%s: %s" % (error.filename or plan.location, error.strerror))
     start = FORMATS[args.format].start.format(app=plan.app, location=plan.location)
@@ -2237,89 +2160,64 @@ def seconds(text):
 
 def port(text):
     """An argparse type: a port."""
-    if not text.isdigit() or not 0 < int(text) < 65536:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise ValueError(text)
     return int(text)
 
 
-def common_options(parser, default, env):
-    """The options that stand before or after any command."""
-    group = parser.add_argument_group("options of every command, before or after it")
-    group.add_argument("-f", "--procfile", metavar="FILE", default=default,
-                       help="the Procfile (default: Procfile; - is standard input)")
-    group.add_argument("-d", "--root", metavar="DIR", default=default,
-                       help="where the commands run and .env is (default: the Procfile's folder)")
-    group.add_argument("-e", "--env", metavar="FILE[,FILE]", action="append", dest=env,
-                       help="read these instead of .env; repeatable")
+def option(*flags, **details):
+    """One argument of a command, as argparse's add_argument() takes it."""
+    return flags, details
 
 
-def formation_options(parser):
-    """The options that start and export share."""
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("-c", "--concurrency", metavar="NAME=N[,NAME=N]", action="append",
-                        type=parse_counts, help="so many instances; types not named stay at 1")
-    either.add_argument("-m", "--formation", metavar="NAME=N[,NAME=N]", action="append",
-                        type=parse_counts, help="the same, but types not named are not run; "
-                        "all=N says how many of them")
-    parser.add_argument("-p", "--port", type=port, metavar="N",
-                        help="base port (default: PORT of .env or the environment, or 5000)")
-    parser.add_argument("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
-                        help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")
-
-
-def start_options(parser):
-    """The arguments of start."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="run these process types only")
-    formation_options(parser)
-    names = dict(metavar="NAME[,NAME]", action="append")
-    parser.add_argument("--can-die", **names, help="an exit 0 of these does not end the set")
-    parser.add_argument("--quiet", **names, help="drop the output of these; their exits are told")
-    parser.add_argument("--pty", action="store_true", help="give each process a terminal of its own")
-    parser.add_argument("--attach", metavar="NAME",
-                        help="give the keyboard to one instance, such as web or web.2")
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto",
-                        help="colour the prefixes (default: auto, on a terminal)")
-    parser.add_argument("--no-timestamp", dest="timestamp", action="store_false",
-                        help="no time in front of the lines")
-    parser.add_argument("--no-prefix", dest="prefix", action="store_false",
-                        help="nothing in front of the lines")
-
-
-def run_options(parser):
-    """The arguments of run."""
-    parser.add_argument("-p", "--port", type=port, metavar="N", help="base port")
-    parser.add_argument("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
-                        help="a process type, or a command with its arguments")
-
-
-def export_options(parser):
-    """The arguments of export."""
-    parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("location", metavar="LOCATION", help="the folder to write to")
-    formation_options(parser)
-    parser.add_argument("-a", "--app", metavar="NAME", help="(default: the root directory's name)")
-    parser.add_argument("-u", "--user", metavar="USER", help="who runs it (default: the app's name)")
-    parser.add_argument("-l", "--log", metavar="DIR",
-                        help="log to files DIR/web-1.log (default: the manager's own logging)")
-    parser.add_argument("--image", metavar="IMAGE", help="the container image (kubernetes)")
-    parser.add_argument("--user-units", action="store_true",
-                        help="units for systemctl --user (systemd)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print the files with masked values, write nothing")
-    parser.add_argument("--force", action="store_true", help="overwrite files of others")
-
-
-def nothing(parser):
-    """No arguments."""
-
-
+COMMON = [
+    option("-f", "--procfile", metavar="FILE",
+           help="the Procfile (default: Procfile; - is standard input)"),
+    option("-d", "--root", metavar="DIR",
+           help="where the commands run and .env is (default: the Procfile's folder)"),
+    option("-e", "--env", metavar="FILE[,FILE]", action="append",
+           help="read these instead of .env; repeatable")]
+COUNTS = dict(metavar="NAME=N[,NAME=N]", action="append", type=parse_counts)
+NAMES = dict(metavar="NAME[,NAME]", action="append")
+BASE_PORT = option("-p", "--port", type=port, metavar="N",
+                   help="base port (default: PORT of .env or the environment, or 5000)")
+FORMATION = [
+    option("-c", "--concurrency", help="so many instances; types not named stay at 1", **COUNTS),
+    option("-m", "--formation", help="the same, but types not named are not run; all=N says how many "
+           "of them", **COUNTS),
+    BASE_PORT,
+    option("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
+           help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")]
+START = FORMATION + [
+    option("names", nargs="*", metavar="NAME", help="run these process types only"),
+    option("--can-die", help="an exit 0 of these does not end the set", **NAMES),
+    option("--quiet", help="drop the output of these; their exits are told", **NAMES),
+    option("--pty", action="store_true", help="give each process a terminal of its own"),
+    option("--attach", metavar="NAME", help="give the keyboard to an instance, such as web or web.2"),
+    option("--color", choices=("auto", "always", "never"), default="auto",
+           help="colour the prefixes (default: auto, on a terminal); never: take out all colours"),
+    option("--no-timestamp", dest="timestamp", action="store_false",
+           help="no time in front of the lines"),
+    option("--no-prefix", dest="prefix", action="store_false", help="nothing in front of the lines")]
+RUN = [BASE_PORT, option("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
+                         help="a process type, or a command with its arguments")]
+EXPORT = FORMATION + [
+    option("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)),
+    option("location", metavar="LOCATION", help="the folder to write to, made if missing"),
+    option("-a", "--app", metavar="NAME", help="the app's name (default: the root directory's)"),
+    option("-u", "--user", metavar="USER", help="who runs it (default: the app's name)"),
+    option("-l", "--log", metavar="DIR",
+           help="log to files DIR/web-1.log (default: the manager's own logging)"),
+    option("--image", metavar="IMAGE", help="the container image (kubernetes)"),
+    option("--user-units", action="store_true", help="units for systemctl --user (systemd)"),
+    option("--dry-run", action="store_true", help="print the files, values masked; write nothing"),
+    option("--force", action="store_true", help="overwrite files that are not of this app")]
 COMMANDS = {
-    "start": (cmd_start, start_options, "run the process types until one of them ends"),
-    "run": (cmd_run, run_options, "run one process type, or any command, in the foreground"),
-    "check": (cmd_check, nothing, "parse the Procfile and the environment files"),
-    "export": (cmd_export, export_options, "write the configuration of a process manager"),
-    "version": (cmd_version, nothing, "print the version"),
-}
+    "start": (cmd_start, START, "run the process types until one of them ends"),
+    "run": (cmd_run, RUN, "run one process type, or any command, in the foreground"),
+    "check": (cmd_check, [], "parse the Procfile and the environment files"),
+    "export": (cmd_export, EXPORT, "write the configuration of a process manager"),
+    "version": (cmd_version, [], "print the version")}
 
 
 def build_parser():
@@ -2329,37 +2227,44 @@ def build_parser():
     class Parser(argparse.ArgumentParser):
         """Errors are one line, and options are not guessed from their first letters."""
 
-        def __init__(self, **options):
+        def __init__(self, **details):
             super().__init__(allow_abbrev=False,
-                             formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+                             formatter_class=argparse.RawDescriptionHelpFormatter, **details)
 
         def error(self, message):
             raise UsageError("%s (see %s --help)" % (message, self.prog))
 
+        def add(self, options, **more):
+            for flags, details in options:
+                self.add_argument(*flags, **{**details, **more})
+
     parser = Parser(prog="procrun", description=__doc__)
-    common_options(parser, None, "env_before")
+    parser.add(COMMON[:2])
+    parser.add(COMMON[2:], dest="env_before")
     parser.add_argument("--version", action="version", version="procrun " + VERSION)
     parser.set_defaults(env=None)
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", parser_class=Parser)
+    # Its prog is given, or argparse imports shutil to find out (4 ms).
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", prog="procrun")
     for name, (function, options, text) in COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text)
-        common_options(sub, argparse.SUPPRESS, "env")
-        options(sub)
+        formats = "".join("\n    %-12s %s: %s" % (key, each.help, each.start)
+                          for key, each in FORMATS.items()) if name == "export" else ""
+        sub = commands.add_parser(name, help=text, description=text + formats)
+        sub.add(COMMON, default=argparse.SUPPRESS)
+        sub.add(options)
         sub.set_defaults(function=function)
     return parser
 
 
 def main(argv=None):
     """Run procrun; return its exit status."""
-    if not hasattr(os, "fork"):
-        complain("this system has no fork(); procrun needs Linux, macOS or another Unix")
-        return 1
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
         if not args.name:
             parser.print_help()
             return 2
+        if getattr(args, "concurrency", None) and args.formation:
+            raise UsageError("-c and -m exclude each other")
         args.argv = sys.argv[1:] if argv is None else argv
         return args.function(args)
     except Failure as failure:
