@@ -935,34 +935,17 @@ PASSED_ON = signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT
 CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCHLD, signal.SIGWINCH}
 
 
-class Signals:
-    """A context in which the caught signals are bytes to be read from `fd`, and harmless.
-
-    Outside of it the dispositions, the mask and the wake-up fd are what they were.
-    """
-
-    def __enter__(self):
-        # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
-        self.ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self.fd, self.wakeup = pipe(False, False)
-        self.old_wakeup = signal.set_wakeup_fd(self.wakeup, warn_on_full_buffer=False)
-        self.old = {each: signal.signal(each, lambda *args: None) for each in CAUGHT - self.ignored}
-        self.old_mask = signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        return self
-
-    def __exit__(self, *exception):
-        # Blocked until the old mask returns: a late signal must not meet a half restored state.
-        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
-        signal.set_wakeup_fd(self.old_wakeup)
-        for number, old in self.old.items():
-            signal.signal(number, signal.SIG_DFL if old is None else old)
-        signal.pthread_sigmask(signal.SIG_SETMASK, self.old_mask)
-        os.close(self.fd)
-        os.close(self.wakeup)
-
-    def arrived(self):
-        """Return the signals that came since the last call, each once, in their order."""
-        return list(dict.fromkeys(read_some(self.fd) or b""))
+def catch_signals():
+    """Have the caught signals arrive as bytes in a pipe, and do nothing else; return its reading
+    end and the signals that stay ignored.  This is for good: a late one must not alter the exit."""
+    # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    fd, wakeup = pipe(False, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    for number in CAUGHT - ignored:
+        signal.signal(number, lambda *args: None)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    return fd, ignored
 
 
 def default_signals(keep):
@@ -1082,15 +1065,18 @@ def become(ground, child, reports):
 
 # Guard: the set outlives nobody ------------------------------------------------------------------
 
-def become_subreaper():
-    """Have orphaned descendants become our children (Linux); return whether that is so."""
-    if not sys.platform.startswith("linux"):
-        return False
+def libc(function, *arguments):
+    """Call a function of the C library for which Python has none; None if it is not there."""
     try:
         import ctypes
-        return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0    # PR_SET_CHILD_SUBREAPER
+        return getattr(ctypes.CDLL(None), function)(*arguments)
     except (ImportError, OSError, AttributeError):
-        return False
+        return None
+
+
+def become_subreaper():
+    """Have orphaned descendants become our children (Linux); return whether that is so."""
+    return sys.platform.startswith("linux") and libc("prctl", 36, 1, 0, 0, 0) == 0
 
 
 def own_children():
@@ -1151,7 +1137,11 @@ class Guard:
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
         (orders, order), (report, self.reports) = os.pipe(), pipe(False, True)
-        pid = fork_blocked()
+        libc("malloc_trim", 0)    # what compiling this file took, 4 MB, need not be copied by forks
+        try:
+            pid = fork_blocked()
+        except OSError as error:
+            raise Failure("cannot fork: %s" % error.strerror)
         if pid == 0:
             try:
                 self.run(orders)
@@ -1410,7 +1400,7 @@ class Supervisor:
         become_subreaper()         # for the case that the guard is killed
         self.strangers = own_children()    # a shell's that exec'ed procrun, say: not ours to end
         self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
-        self.watch(signals.fd, self.on_signals)
+        self.watch(signals, self.on_signals)
         if sink.waits:
             self.stalled.register(sink.fd, selectors.EVENT_WRITE, self.flush)
 
@@ -1608,8 +1598,8 @@ class Supervisor:
     # -- signals and keys
 
     def on_signals(self):
-        """Act upon the signals that arrived."""
-        for number in self.signals.arrived():
+        """Act upon the signals that arrived, each once, in their order."""
+        for number in dict.fromkeys(read_some(self.signals) or b""):
             if number in ENDING:
                 self.on_end(number)
             elif number in PASSED_ON:
@@ -1804,22 +1794,21 @@ def write_new(path, mode, data):
         os.fsync(fd)
 
 
-def marked(folder, depth, pattern):
-    """Return the relative paths of the files in the folder, and so many levels deeper, in which the
+def marked(location, pattern):
+    """Return the relative paths of the files in a folder, and two levels deeper, in which the
     compiled pattern is found; links are not followed, what cannot be read is not ours."""
     found = []
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        try:
-            mode = os.lstat(path).st_mode
-            if stat.S_ISDIR(mode) and depth:
-                found += [name + "/" + each for each in marked(path, depth - 1, pattern)]
-            elif stat.S_ISREG(mode):
-                with open(path, "rb") as file:
-                    found += [name] * bool(pattern.search(file.read(CHUNK)))
-        except OSError:
-            pass
-    return found
+    for folder, folders, names in os.walk(location):
+        if os.path.relpath(folder, location).count(os.sep):
+            folders.clear()
+        for path in (os.path.join(folder, name) for name in names):
+            try:
+                if stat.S_ISREG(os.lstat(path).st_mode):
+                    with open(path, "rb") as file:
+                        found += [os.path.relpath(path, location)] * bool(pattern.search(file.read()))
+            except OSError:
+                pass
+    return sorted(found)
 
 
 def in_the_way(location, files, ours, force):
@@ -1923,6 +1912,8 @@ def procfile_path(args):
 def load_types(args):
     """Read the Procfile."""
     path = procfile_path(args)
+    if args.root and not os.path.isdir(args.root):
+        raise Failure("%s: no such directory; -d gives the root directory" % args.root)
     if not args.procfile and not os.path.exists(path):
         raise Failure("no %s here; write one, a line for each process type, such as:" % path,
                       "    web: python3 -m http.server $PORT", "    worker: python3 worker.py")
@@ -2011,14 +2002,21 @@ def open_children(args, types, instances):
     return children, attached
 
 
+def enter_root(root):
+    """Make the root directory the current one."""
+    try:
+        os.chdir(root)
+    except OSError as error:
+        raise Failure("%s: %s; it is to be the root directory" % (root, error.strerror))
+
+
 def cmd_start(args):
     """procrun start: run the formation until it ends."""
     app = load_app(args, load_types(args))
     instances = planned(args, app)[2]
     options = Options(args.timeout, selected(split_names(args.can_die), instances, "--can-die"),
                       selected(split_names(args.quiet), instances, "--quiet"))
-    if not os.path.isdir(app.root):
-        raise Failure("%s: no such directory; it is to be the root directory" % app.root)
+    enter_root(app.root)
     tidy_fds()
     limits = raise_fd_limit(2 * len(instances) + 20)
     style = Style(max([6] + [len(each.name) for each in instances]),
@@ -2027,10 +2025,10 @@ def cmd_start(args):
         children, attached = open_children(args, app.types, instances)
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
-    with Signals() as signals:
-        supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
-        ground = Ground(app.root, environment_of(app), None, limits, signals.ignored)
-        return supervisor.run(children, ground, attached)
+    signals, ignored = catch_signals()
+    ground = Ground(app.root, environment_of(app), None, limits, ignored)
+    supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
+    return supervisor.run(children, ground, attached)
 
 
 def cmd_run(args):
@@ -2046,13 +2044,13 @@ def cmd_run(args):
     for instance in expand(types, counts, base_port(args.port, app.variables, os.environb)):
         environment.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
+    enter_root(app.root)
     # What CPython ignores; all else is as it was when procrun was started.
     default_signals(signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ})
     try:
-        os.chdir(app.root)
         os.execvpe(command[0], command, environment)
     except OSError as error:
-        complain("%s: %s" % (error.filename or command[0], error.strerror))
+        complain("%s: %s" % (command[0], error.strerror))
         return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
 
 
@@ -2133,7 +2131,7 @@ def cmd_export(args):
     mark = re.escape(mark_of(args.format, plan.app).encode())
     pattern = re.compile(rb'(?m)^(?:# |; |<!-- | *"procrun/made-by": ")' + mark)
     try:
-        ours = marked(plan.location, 2, pattern) if os.path.isdir(plan.location) else []
+        ours = marked(plan.location, pattern)
         in_the_way(plan.location, files, ours, args.force)
         install(plan.location, files)
         for file in files:
