@@ -808,6 +808,9 @@ class Printer:
         """
         if source.unwanted:
             data = source.wanted(data)
+        if source is self.prompt and self.style.label:
+            # Its carriage returns lead to the end of its prefix.
+            data = re.sub(rb"\r(?!\n)", b"\r\x1b[%dC" % self.style.columns, data)
         end = data.rfind(b"\n") + 1
         if end:
             prefix = self.prefix(source)
@@ -825,7 +828,7 @@ class Printer:
     def show(self, source):
         """Queue the unfinished line of a source; it stays open for the source to go on with."""
         if source.tail:
-            self.queue += self.lead(source), self.indented(source, bytes(source.tail))
+            self.queue += self.lead(source), bytes(source.tail)
             if source is self.prompt:
                 self.line = (self.line + source.tail)[-4096:]
             self.open, source.tail = source, bytearray()
@@ -837,11 +840,10 @@ class Printer:
         if source.tail or self.open is source:
             self.feed(source, b"\n")
 
-    def indented(self, source, text):
-        """The text of a source; the prompt's carriage returns lead to the end of its prefix."""
-        if source is not self.prompt or not self.style.label:
-            return text
-        return text.replace(b"\r", b"\r\x1b[%dC" % self.style.columns)
+    def close_line(self):
+        """End the unfinished line, for the shell that comes to the front."""
+        self.queue += [b"\n"] * bool(self.open)
+        self.open = None
 
     def wipe(self):
         """What takes the prompt's line off the terminal."""
@@ -853,8 +855,7 @@ class Printer:
     def restore(self):
         """Show the prompt again, if another one has written."""
         if self.line and self.open is not self.prompt:
-            self.queue += (b"\n" if self.open else b"", self.prefix(self.prompt),
-                           self.indented(self.prompt, self.line))
+            self.queue += b"\n" if self.open else b"", self.prefix(self.prompt), self.line
             self.open = self.prompt
 
 
@@ -931,8 +932,8 @@ def widen(fd, capacity):
 # Signals: asynchronous -> readable ---------------------------------------------------------------
 
 ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-PASSED_ON = signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT
-CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCHLD, signal.SIGWINCH}
+PASSED_ON = signal.SIGUSR1, signal.SIGUSR2
+CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, signal.SIGWINCH}
 
 
 def catch_signals():
@@ -1024,6 +1025,16 @@ class Child:
             self.fd, self.output = os.pipe()
             widen(self.output, capacity)
         os.set_blocking(self.fd, False)
+
+    def release(self):
+        """Let go of the other end: its output is at its end when the last process has done so.
+
+        A PTY's is held until the child has ended: if nobody else holds it, reading it is an error
+        already, and to close it then would be a hangup for a child that lives on without output.
+        """
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
 
     @property
     def ending(self):
@@ -1218,7 +1229,7 @@ class Guard:
         except OSError as error:
             self.waiting.clear()
             self.report(b"failed", child.place, error.errno)
-        os.close(child.output)
+        child.release()
 
     def adopted(self):
         """The children that it did not fork: what leaders left behind when they died."""
@@ -1442,7 +1453,8 @@ class Supervisor:
         self.watch(self.reports, self.on_reports)
         os.close(stdin)
         for child in self.children:
-            os.close(child.output)
+            if not child.terminal:
+                child.release()
             self.busy.register(child.fd, selectors.EVENT_READ, partial(self.on_output, child))
 
     # -- output
@@ -1555,6 +1567,7 @@ class Supervisor:
         """A leader has died."""
         child.status = status
         self.left.discard(child)
+        child.release()
         if child.fd is None:
             self.settle(child)
         self.drain(child)
@@ -1574,6 +1587,7 @@ class Supervisor:
             self.fail("the guard was killed")
         self.steps = [(max(time.monotonic() + LAST, self.patience), GIVE_UP)]
         for child in self.children:
+            child.release()
             self.drain(child)
         if self.killed:
             self.say("killed %d: %s" % (len(self.killed), ", ".join(self.killed)))
@@ -1606,6 +1620,8 @@ class Supervisor:
                 self.order(number)
             elif number == signal.SIGTSTP:
                 self.pause()
+            elif number == signal.SIGCONT:
+                self.go_on()
             elif number == signal.SIGWINCH:
                 self.resize()
             else:
@@ -1637,11 +1653,18 @@ class Supervisor:
         """Ctrl-Z: the children are in sessions of their own, where the terminal's SIGTSTP does not
         reach them and their own would be ignored (orphaned groups), so it is SIGSTOP for all."""
         self.order(signal.SIGSTOP)
+        self.printer.close_line()
+        self.sink.write(self.printer.queue)
         if self.keyboard:
             self.keyboard.set(self.keyboard.old)
         os.kill(os.getpid(), signal.SIGSTOP)
+
+    def go_on(self):
+        """After a stop, by Ctrl-Z or another; the terminal may have been used and resized since."""
+        self.order(signal.SIGCONT)
         if self.keyboard:
             self.keyboard.set(self.keyboard.raw)
+        self.resize()
 
     def resize(self):
         """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
