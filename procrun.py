@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""procrun - run a Procfile app: every process type of it, in one terminal, and nothing left behind.
+"""procrun - run a Procfile app: all its process types, in one terminal, and nothing left behind.
 
     python procrun.py start                 all process types, until one of them ends or Ctrl-C
     python procrun.py start -c web=2        the same, with two instances of web
@@ -35,7 +35,7 @@ a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot 
 #   was called, which reads, prints and decides, and behind it the guard, which forks, signals and
 #   reaps.  Orders go from one to the other by a pipe; when it ends, the guard ends all by itself.
 # - A child leads a session and a group of its own, so that one signal reaches all that it started
-#   and the terminal's Ctrl-C reaches none of it: each child gets one signal, the one procrun sends.
+#   and the terminal's Ctrl-C reaches none of it: a child gets one signal, the one procrun sends.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - Only ids that the kernel still reserves for us are signalled: dead children are looked at,
@@ -214,7 +214,8 @@ def parse_env(text, source=".env"):
             if head:
                 value, end = env_value(text, head.end())
                 if b"\0" in value:
-                    raise ValueError("NUL byte in the value of %s; remove it" % shown(head[1]), end)
+                    raise ValueError("NUL byte in the value of %s; remove it" % shown(head[1]),
+                                     end)
                 variables[head[1]] = value
             elif text[place:end].strip()[:1] not in (b"", b"#"):
                 raise ValueError("expected NAME=value, found `%s`" % shown(text[place:end]), end)
@@ -325,10 +326,10 @@ more; the text of the first comment; the variables that all instances share (str
 process types, {type: concurrency} and the base port; the options --image and --user-units; and the
 absolute path of the location."""
 
-NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif else
-    esac eval exec exit export false fc fg fi for getopts hash if in jobs kill local printf pwd read
-    readonly return set shift source test then times trap true type ulimit umask unalias unset until
-    wait while""".split())
+NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif
+    else esac eval exec exit export false fc fg fi for getopts hash if in jobs kill local printf
+    pwd read readonly return set shift source test then times trap true type ulimit umask unalias
+    unset until wait while""".split())
 WAIT = """trap 'trap "" TERM; wait; exit 143' TERM; """
 FORWARD = """trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 
@@ -354,6 +355,11 @@ def is_text(value):
     return not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
 
 
+def is_lines(value):
+    """The same, but tabs and newlines are allowed."""
+    return is_text(re.sub("[\t\n]", "", value))
+
+
 def carried(variables, fits):
     """Return (variables, shell text): those whose values do not fit escaped, and how to undo that.
 
@@ -366,7 +372,9 @@ def carried(variables, fits):
 
 def portable(command):
     """The command as text that any format takes."""
-    return command if is_text(command) else 'eval "$(printf %%b %s)"' % shell_quote(escaped(command))
+    if is_text(command):
+        return command
+    return 'eval "$(printf %%b %s)"' % shell_quote(escaped(command))
 
 
 def waited(command):
@@ -384,8 +392,8 @@ def waited(command):
 def forwarded(command):
     """Shell text of the command where the manager sends SIGTERM to the leader alone.
 
-    A shell acts upon a signal at once only while it waits for a background job; that job has SIGINT
-    and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
+    A shell acts upon a signal at once only while it waits for a background job; that job has
+    SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
     """
     text = waited(command)
     if not text.startswith(WAIT):
@@ -400,8 +408,9 @@ def job(plan, each):
 
 def fields(plan, each, **others):
     """What the templates of the formats are filled with, for one instance."""
+    log = "%s/%s-%d.log" % (plan.log, each.type, each.number) if plan.log else ""
     return {**plan._asdict(), **each._asdict(), "name": each.name, "job": job(plan, each),
-            "log": "%s/%s-%d.log" % (plan.log, each.type, each.number) if plan.log else "", **others}
+            "log": log, **others}
 
 
 def own_variables(variables, each):
@@ -485,10 +494,9 @@ def systemd_target(plan, name, wants, more):
 
 
 def export_systemd(plan, instances):
-    """A service for each instance, targets for each process type and the app, one environment file.
-
-    Environment= would show its values to everybody on the bus; PORT and PS are no secrets."""
-    variables, prelude = carried(plan.variables, lambda value: is_text(re.sub("[\t\n]", "", value)))
+    """A service for each instance, a target for each process type, one for the app, and one
+    environment file: Environment= would show its values on the bus; PORT and PS are no secrets."""
+    variables, prelude = carried(plan.variables, is_lines)
     yield File(plan.app + ".env", 0o600, "# %s\n" % plan.mark + "".join(
         "%s=%s\n" % (name, systemd_value(value)) for name, value in variables.items()))
     doubled = plan._replace(**{name: getattr(plan, name).replace("%", "%%")
@@ -497,7 +505,7 @@ def export_systemd(plan, instances):
     for each in instances:
         values = fields(doubled, each, run_as="" if plan.user_units else "User=%s\n" % plan.user,
                         word=systemd_word(prelude + forwarded(portable(each.command))))
-        output = "StandardOutput=append:%(log)s\nStandardError=inherit\n" % values if plan.log else ""
+        output = "StandardOutput=append:%(log)s\nStandardError=inherit\n" * bool(plan.log) % values
         units.setdefault("%s-%s" % (plan.app, each.type), []).append(values["job"] + ".service")
         yield File(values["job"] + ".service", 0o644, SYSTEMD % dict(values, output=output))
     for name, wants in units.items():
@@ -514,12 +522,13 @@ def export_launchd(plan, instances):
     comment = "<!-- %s -->\n<plist" % plan.mark.replace("--", "-&#45;")
     for each in instances:
         values = fields(plan, each)
+        logs = dict.fromkeys(["StandardOutPath", "StandardErrorPath"], values["log"])
         text = plistlib.dumps(dict(
             Label=values["job"], UserName=plan.user, WorkingDirectory=plan.root,
             ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(each.command))],
             EnvironmentVariables=own_variables(variables, each),
             KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace,
-            **dict.fromkeys(["StandardOutPath", "StandardErrorPath"] * bool(plan.log), values["log"])))
+            **(logs if plan.log else {})))
         yield File(values["job"] + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
 
 
@@ -541,8 +550,8 @@ redirect_stderr=true
 
 
 def supervisor_word(text):
-    """The text as one word of a supervisord command: shlex's quoting, % doubled, and no blank before
-    ; or #, where the rest of the line would be taken for a comment."""
+    """The text as one word of a supervisord command: shlex's quoting, % doubled, and no blank
+    before ; or #, where the rest of the line would be taken for a comment."""
     text = "'%s'" % text.replace("'", "'\"'\"'").replace("%", "%%")
     return re.sub(r"(\s)(?=[;#])", r"\1''", text)
 
@@ -662,7 +671,7 @@ def export_kubernetes(plan, _):
 
 
 Format = namedtuple("Format", "function help start")
-Format.__doc__ = "An export format: its generator, what it makes, and the command that starts that."
+Format.__doc__ = "An export format: its generator, what that makes, the command that starts it."
 
 FORMATS = {
     "upstart": Format(export_upstart, "jobs for /etc/init", "start {app}"),
@@ -674,7 +683,7 @@ FORMATS = {
                           "supervisorctl update"),
     "runit": Format(export_runit, "service directories for /etc/sv",
                     "ln -s {location}/{app}-* /etc/service/"),
-    "kubernetes": Format(export_kubernetes, "a Deployment for each process type, a Secret, a Service",
+    "kubernetes": Format(export_kubernetes, "Deployments, a Secret and a Service",
                          "kubectl apply -f {location}/{app}.json"),
 }
 
@@ -692,7 +701,7 @@ def kubernetes_problem(plan):
 def plan_problem(plan, format):
     """What cannot be carried of this plan in any format, or in this one; None if all can."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
-        return "the app cannot be named `%s`; give a name of letters, digits, _ . - with -a" % plan.app
+        return "the app cannot be named `%s`; use letters, digits, _ . - with -a" % plan.app
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
         return "there can be no user `%s`; give another with -u" % plan.user
     for path in (plan.root, plan.log, plan.location):
@@ -703,7 +712,7 @@ def plan_problem(plan, format):
     for name, value in plan.variables.items():
         if name[0].isdigit():
             return "the variable %s cannot be carried: its name starts with a digit" % name
-        if format == "kubernetes" and not is_text(re.sub("[\t\n\r]", "", value)):
+        if format == "kubernetes" and not is_lines(value):
             return "the value of %s cannot be carried: it is not text" % name
     if format == "kubernetes":
         return kubernetes_problem(plan)
@@ -740,8 +749,8 @@ class Style(namedtuple("Style", "width colour stamp label")):
         """The prefix (bytes) of a source at `now`, in seconds since the epoch."""
         if not self.label:
             return b""
-        text = "%s%-*s | " % (time.strftime("%H:%M:%S ", time.localtime(now)) if self.stamp else "",
-                              self.width, source.label)
+        stamp = time.strftime("%H:%M:%S ", time.localtime(now)) if self.stamp else ""
+        text = "%s%-*s | " % (stamp, self.width, source.label)
         return ("\x1b[%sm%s\x1b[0m" % (source.colour, text) if self.colour else text).encode()
 
     @property
@@ -870,7 +879,7 @@ def hurried(when):
 
 
 def ladder(now, grace, patience):
-    """All steps of a shutdown: SIGTERM, after `patience` a word on who is waited for, SIGKILL, end."""
+    """All steps: SIGTERM, after `patience` a word on who is waited for, SIGKILL, end."""
     steps = [(now, signal.SIGTERM), (now + min(patience, grace), TELL)] if grace else []
     return steps + hurried(now + grace)
 
@@ -938,7 +947,7 @@ CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, s
 
 def catch_signals():
     """Have the caught signals arrive as bytes in a pipe, and do nothing else; return its reading
-    end and the signals that stay ignored.  This is for good: a late one must not alter the exit."""
+    end and the signals that stay ignored.  For good: a late one must not alter the exit status."""
     # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     fd, wakeup = pipe(False, False)
@@ -1045,8 +1054,8 @@ class Child:
 
 
 Ground = namedtuple("Ground", "root variables stdin limits ignored")
-Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to bytes)
-before the instance's own part, the fd of their stdin, RLIMIT_NOFILE, the signals to ignore."""
+Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to
+bytes) before the instance's own part, the fd of their stdin, RLIMIT_NOFILE, ignored signals."""
 
 
 def become(ground, child, reports):
@@ -1076,18 +1085,13 @@ def become(ground, child, reports):
 
 # Guard: the set outlives nobody ------------------------------------------------------------------
 
-def libc(function, *arguments):
-    """Call a function of the C library for which Python has none; None if it is not there."""
-    try:
-        import ctypes
-        return getattr(ctypes.CDLL(None), function)(*arguments)
-    except (ImportError, OSError, AttributeError):
-        return None
-
-
 def become_subreaper():
     """Have orphaned descendants become our children (Linux); return whether that is so."""
-    return sys.platform.startswith("linux") and libc("prctl", 36, 1, 0, 0, 0) == 0
+    try:
+        import ctypes
+        return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0    # PR_SET_CHILD_SUBREAPER
+    except (ImportError, OSError, AttributeError):
+        return False
 
 
 def own_children():
@@ -1115,7 +1119,7 @@ def peek():
 
 
 def restore_terminal(path, raw, old):
-    """Give a terminal its old modes back, if it still has the raw ones (it may be another by now)."""
+    """Give a terminal its old modes back, if it has the raw ones (it may be another by now)."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
         if termios.tcgetattr(fd) == raw:
@@ -1126,7 +1130,7 @@ def restore_terminal(path, raw, old):
 
 
 class Guard:
-    """The parent of all children: a process that forks, signals and reaps them, and ends with them.
+    """The parent of all children: a process that forks, signals and reaps them.
 
     It reads orders, each a byte: a signal for all groups.  Their end means that procrun is gone:
     then SIGTERM, after the grace period SIGKILL.  It reports in lines, `started PLACE PID`,
@@ -1148,7 +1152,6 @@ class Guard:
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
         (orders, order), (report, self.reports) = os.pipe(), pipe(False, True)
-        libc("malloc_trim", 0)    # what compiling this file took, 4 MB, need not be copied by forks
         try:
             pid = fork_blocked()
         except OSError as error:
@@ -1165,7 +1168,7 @@ class Guard:
 
     def run(self, orders):
         """The forked side.  A session of its own, and all signals but SIGCHLD blocked for ever:
-        neither Ctrl-C nor a closed terminal reach it, and it holds nothing that others wait for."""
+        neither Ctrl-C nor a closed terminal reach it, and it holds nothing that is waited for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
@@ -1250,7 +1253,7 @@ class Guard:
                 signal_leader(group, number)
 
     def pursue(self):
-        """During a shutdown: the last signal to the groups that did not get it, as they turn up."""
+        """During a shutdown: the last signal to the groups that did not get it yet."""
         groups = self.groups() - self.told
         for group in groups:
             signal_leader(group, self.last)
@@ -1343,16 +1346,16 @@ class Sink:
 # Keyboard: keys -> bytes -------------------------------------------------------------------------
 
 class Keyboard:
-    """The user's terminal (fd 0) while one instance is attached: it passes each key on as it is."""
+    """The user's terminal (fd 0) while an instance is attached: it passes each key on as it is."""
 
     def __init__(self):
         self.old, modes = termios.tcgetattr(0), termios.tcgetattr(0)
-        modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.INPCK | termios.ISTRIP | termios.IXON)
+        modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.ISTRIP | termios.IXON)
         modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
-        self.keys = {modes[6][termios.VINTR]: signal.SIGINT, modes[6][termios.VQUIT]: signal.SIGQUIT,
-                     modes[6][termios.VSUSP]: signal.SIGTSTP}
-        self.pattern = re.compile(b"([%s])" % re.escape(b"".join(self.keys)))
+        characters = [modes[6][each] for each in (termios.VINTR, termios.VQUIT, termios.VSUSP)]
+        self.keys = dict(zip(characters, (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP)))
+        self.keys.pop(b"\0", None)          # a key that is switched off
         self.interrupted = float("-inf")    # when the key of SIGINT was last pressed (monotonic)
         self.set(modes)
         self.raw = termios.tcgetattr(0)     # as the terminal has it
@@ -1365,16 +1368,17 @@ class Keyboard:
             pass    # it is gone
 
     def split(self, typed):
-        """Yield (signal or None, bytes) for the keys that stand for signals, and what is between."""
-        for part in filter(None, self.pattern.split(typed)):
+        """Yield (signal or None, bytes): keys that stand for signals, and what is between."""
+        keys = b"|".join(map(re.escape, self.keys)) or b"(?!)"
+        for part in filter(None, re.split(b"(%s)" % keys, typed)):
             yield self.keys.get(part), part
 
 
 # Supervisor: the set -----------------------------------------------------------------------------
 
 Options = namedtuple("Options", "grace can_die quiet")
-Options.__doc__ = """How a set is run: grace period (seconds); the instances whose exit 0 does not end
-it; the instances whose output is dropped."""
+Options.__doc__ = """How a set is run: grace period (seconds); the instances whose exit 0 does not
+end it; the instances whose output is dropped."""
 
 
 def ports_taken(ports):
@@ -1398,10 +1402,10 @@ class Supervisor:
     def __init__(self, options, printer, sink, signals):
         self.options, self.printer, self.sink, self.signals = options, printer, sink, signals
         self.system = Source("system", "37")
-        self.partial = {}          # Child with an unfinished line -> when to show it; in that order
+        self.partial = {}          # Child with an unfinished line -> when to show it; in order
         self.steps = []            # what is left of the shutdown
         self.status = None         # the exit status, from the begin of the shutdown on
-        self.patience = 0          # until when (monotonic) a stdout that takes nothing is waited for
+        self.patience = 0          # until when (monotonic) to wait for a stdout that takes nothing
         self.moved = 0             # what stdout had taken when that was last looked at
         self.over = False          # the shutdown has been given up
         self.killed = []           # what got SIGKILL: names of instances, "process N"
@@ -1439,15 +1443,17 @@ class Supervisor:
     def start(self, ground, attached):
         """Fork the guard, which forks the children."""
         taken = ports_taken([child.instance.port for child in self.children])
-        for child in self.children:
-            if child.instance.port in taken:
-                self.say("%s: port %d is already in use" % (child.instance.name, child.instance.port))
+        for instance in (child.instance for child in self.children):
+            if instance.port in taken:
+                self.say("%s: port %d is already in use" % (instance.name, instance.port))
+        terminal = None
         if attached:
-            self.attached, self.printer.prompt, self.keyboard = attached, attached.source, Keyboard()
+            self.attached, self.printer.prompt = attached, attached.source
+            self.keyboard = Keyboard()
             self.watch(0, self.on_keys)
+            terminal = os.ttyname(0), self.keyboard.raw, self.keyboard.old
         stdin, self.unwritten = os.pipe()
-        guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, attached and (
-            os.ttyname(0), self.keyboard.raw, self.keyboard.old))
+        guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, terminal)
         self.resize()
         self.guard, self.orders, self.reports = guard.fork()
         self.watch(self.reports, self.on_reports)
@@ -1471,7 +1477,7 @@ class Supervisor:
             self.lost_output(self.sink.error)
 
     def lost_output(self, error):
-        """Nobody reads any more, or the disk is full: that ends the set, as SIGPIPE ends others."""
+        """Nobody reads any more, or the disk is full: that ends the set."""
         if error.errno in (errno.EPIPE, errno.EIO):
             self.begin(128 + signal.SIGPIPE)
         else:
@@ -1639,7 +1645,7 @@ class Supervisor:
                 self.steps = hurried(time.monotonic())
 
     def reap(self):
-        """Reap what has ended: the guard, and as process 1 of a container the orphans of others."""
+        """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
             while pid:
@@ -1660,7 +1666,7 @@ class Supervisor:
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def go_on(self):
-        """After a stop, by Ctrl-Z or another; the terminal may have been used and resized since."""
+        """After a stop; the terminal may have been used and resized since."""
         self.order(signal.SIGCONT)
         if self.keyboard:
             self.keyboard.set(self.keyboard.raw)
@@ -1712,7 +1718,7 @@ class Supervisor:
     # -- the end
 
     def begin(self, status, child=None):
-        """Begin the shutdown; `status` is procrun's, `child` the one that caused it, if any did."""
+        """Begin the shutdown; `status` is procrun's, `child` the one that caused it, if any."""
         if self.status is not None:
             return
         self.status, now = status, time.monotonic()
@@ -1764,8 +1770,8 @@ class Supervisor:
                     ", ".join(names) or "what they left behind", when - time.monotonic()))
 
     def give_up(self):
-        """The time is over.  While stdout takes something, go on; else end: what still holds a pipe
-        has left its group where that cannot be helped (not Linux)."""
+        """The time is over.  While stdout takes something, go on; else end: what still holds a
+        pipe has left its group where that cannot be helped (not Linux)."""
         if self.sink.full and self.sink.moved != self.moved:
             self.moved = self.sink.moved
             self.steps = [(time.monotonic() + LAST, GIVE_UP)]
@@ -1828,7 +1834,8 @@ def marked(location, pattern):
             try:
                 if stat.S_ISREG(os.lstat(path).st_mode):
                     with open(path, "rb") as file:
-                        found += [os.path.relpath(path, location)] * bool(pattern.search(file.read()))
+                        ours = pattern.search(file.read())
+                    found += [os.path.relpath(path, location)] * bool(ours)
             except OSError:
                 pass
     return sorted(found)
@@ -1987,8 +1994,8 @@ def raise_fd_limit(needed):
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and needed > soft:
         if hard != resource.RLIM_INFINITY and needed > hard:
-            raise Failure("too few file descriptors: %d are needed, the limit is %d; raise it with "
-                          "ulimit -n" % (needed, hard))
+            raise Failure("too few file descriptors: %d are needed, the limit is %d; raise it "
+                          "with ulimit -n" % (needed, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     return limits
 
@@ -2122,10 +2129,12 @@ def make_plan(args, app, counts, base):
     if not is_text(mark):
         raise Failure("this command line has characters that a comment cannot carry")
     variables = {as_str(key): as_str(value) for key, value in
-                 {b"PYTHONUNBUFFERED": b"1", **app.variables}.items() if key not in (b"PORT", b"PS")}
+                 {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()}
+    variables.pop("PORT", None), variables.pop("PS", None)    # an instance has its own
     root = app.root if args.format != "kubernetes" or args.root else ""
-    return Plan(name, user, group or user, root, log, max(1, -int(-args.timeout // 1)), mark, variables,
-                app.types, counts, base, args.image, args.user_units, os.path.abspath(args.location))
+    grace = max(1, -int(-args.timeout // 1))
+    return Plan(name, user, group or user, root, log, grace, mark, variables, app.types, counts,
+                base, args.image, args.user_units, os.path.abspath(args.location))
 
 
 def tell_export(text):
@@ -2137,7 +2146,8 @@ def dry_run(plan, instances, format):
     """Print every file with its name, the values masked."""
     masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
     for file in export_files(masked, instances, format):
-        tell_export("would write: %s, mode %04o" % (os.path.join(plan.location, file.path), file.mode))
+        path = os.path.join(plan.location, file.path)
+        tell_export("would write: %s, mode %04o" % (path, file.mode))
         sys.stdout.flush()
         sys.stdout.buffer.write(file.text.encode("utf-8", "surrogateescape"))
 
@@ -2204,8 +2214,8 @@ BASE_PORT = option("-p", "--port", type=port, metavar="N",
                    help="base port (default: PORT of .env or the environment, or 5000)")
 FORMATION = [
     option("-c", "--concurrency", help="so many instances; types not named stay at 1", **COUNTS),
-    option("-m", "--formation", help="the same, but types not named are not run; all=N says how many "
-           "of them", **COUNTS),
+    option("-m", "--formation", help="the same, but types not named are not run; all=N says how "
+           "many of them", **COUNTS),
     BASE_PORT,
     option("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
            help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")]
@@ -2214,12 +2224,13 @@ START = FORMATION + [
     option("--can-die", help="an exit 0 of these does not end the set", **NAMES),
     option("--quiet", help="drop the output of these; their exits are told", **NAMES),
     option("--pty", action="store_true", help="give each process a terminal of its own"),
-    option("--attach", metavar="NAME", help="give the keyboard to an instance, such as web or web.2"),
+    option("--attach", metavar="NAME", help="give the keyboard to an instance (web, or web.2)"),
     option("--color", choices=("auto", "always", "never"), default="auto",
            help="colour the prefixes (default: auto, on a terminal); never: take out all colours"),
     option("--no-timestamp", dest="timestamp", action="store_false",
            help="no time in front of the lines"),
-    option("--no-prefix", dest="prefix", action="store_false", help="nothing in front of the lines")]
+    option("--no-prefix", dest="prefix", action="store_false",
+           help="nothing in front of the lines")]
 RUN = [BASE_PORT, option("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
                          help="a process type, or a command with its arguments")]
 EXPORT = FORMATION + [
