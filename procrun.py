@@ -346,7 +346,7 @@ def shell_quote(text):
 
 def escaped(text):
     r"""The text in letters, digits, and \0ooo for any other byte: what `printf %b` turns back."""
-    return re.sub(rb"[^A-Za-z0-9_./-]", lambda match: b"\\0%03o" % match[0],
+    return re.sub(rb"[^A-Za-z0-9_./-]", lambda match: b"\\0%03o" % ord(match[0]),
                   text.encode("utf-8", "surrogateescape")).decode()
 
 
@@ -557,14 +557,17 @@ def supervisor_word(text):
 
 
 def export_supervisord(plan, instances):
-    """A program for each instance, and a group; see supervisord.org, "Configuration File"."""
+    """A program for each instance, and a group; see supervisord.org, "Configuration File".
+
+    It restarts without a pause, or after ever longer ones and not for ever: the shell pauses.
+    """
     variables, prelude = carried(plan.variables, re.compile(r"(?a)[\w ./:,=@+-]*").fullmatch)
     doubled = plan._replace(root=plan.root.replace("%", "%%"), log=plan.log.replace("%", "%%"))
     text = "; %s\n" % plan.mark
     for each in instances:
         values = fields(doubled, each, environment=",".join(
             '%s="%s"' % item for item in own_variables(variables, each).items()),
-            word=supervisor_word(prelude + waited(portable(each.command))))
+            word=supervisor_word("sleep 1; " + prelude + waited(portable(each.command))))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
     yield File(plan.app + ".conf", 0o600, "%s\n[group:%s]\nprograms=%s\n" % (
@@ -636,17 +639,21 @@ def kubernetes_object(plan, kind, component, **content):
 def kubernetes_deployment(plan, labels, each, port):
     """The Deployment of a process type.
 
-    SIGTERM goes to process 1 of the container alone, and a shell there ignores it: so before it,
-    if there is a shell, SIGTERM goes to all others.
+    SIGTERM goes to process 1 of the container alone, and a shell there ignores it.  So one that
+    has more than one program to run forwards it; and if one waits for a single program (not every
+    shell gives it its own place), a hook sends SIGTERM to that program before.
     """
+    command = portable(as_str(each.command))
+    forwards = forwarded(command)
+    hook = dict(preStop=dict(exec=dict(command=["/bin/sh", "-c", KUBERNETES_STOP])))
+    if forwards.startswith(FORWARD):
+        command, hook = forwards, {}
     container = dict(
-        name=each.name, image=plan.image,
-        command=["/bin/sh", "-c", kubernetes_word(portable(as_str(each.command)))],
+        name=each.name, image=plan.image, command=["/bin/sh", "-c", kubernetes_word(command)],
         env=[dict(name="PORT", value=str(port)),
              dict(name="PS", valueFrom=dict(fieldRef=dict(fieldPath="metadata.name")))],
         envFrom=[dict(secretRef=dict(name=plan.app + "-env"))],
-        ports=[dict(containerPort=port)] * (each.name == "web"),
-        lifecycle=dict(preStop=dict(exec=dict(command=["/bin/sh", "-c", KUBERNETES_STOP]))))
+        ports=[dict(containerPort=port)] * (each.name == "web"), lifecycle=hook)
     if plan.root:
         container["workingDir"] = plan.root
     return kubernetes_object(plan, "Deployment", each.name, spec=dict(
@@ -701,9 +708,9 @@ def kubernetes_problem(plan):
 def plan_problem(plan, format):
     """What cannot be carried of this plan in any format, or in this one; None if all can."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
-        return "the app cannot be named `%s`; use letters, digits, _ . - with -a" % plan.app
+        return "the app cannot be named %r; use letters, digits, _ . - with -a" % plan.app
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
-        return "there can be no user `%s`; give another with -u" % plan.user
+        return "there can be no user %r; give another with -u" % plan.user
     for path in (plan.root, plan.log, plan.location):
         if not is_text(path) or re.search(r'["\\]|\s$|\s[;#]', path):
             return "the path `%s` has characters that cannot be carried" % shown(os.fsencode(path))
@@ -712,11 +719,11 @@ def plan_problem(plan, format):
     for name, value in plan.variables.items():
         if name[0].isdigit():
             return "the variable %s cannot be carried: its name starts with a digit" % name
-        if format == "kubernetes" and not is_lines(value):
-            return "the value of %s cannot be carried: it is not text" % name
-    if format == "kubernetes":
-        return kubernetes_problem(plan)
-    return None
+        if format == "kubernetes" and re.search("[\ud800-\udfff]", value):
+            return "the value of %s cannot be carried: it is not UTF-8" % name
+    if not is_text(plan.mark):
+        return "this command line has characters that a comment cannot carry"
+    return kubernetes_problem(plan) if format == "kubernetes" else None
 
 
 def export_files(plan, instances, format):
@@ -1823,9 +1830,11 @@ def write_new(path, mode, data):
         os.fsync(fd)
 
 
-def marked(location, pattern):
-    """Return the relative paths of the files in a folder, and two levels deeper, in which the
-    compiled pattern is found; links are not followed, what cannot be read is not ours."""
+def marked(location, mark):
+    """Return the relative paths of the files in a folder, and two levels deeper, whose first comment
+    begins with the mark (bytes); links are not followed, what cannot be read is not ours."""
+    pattern = re.compile(rb'\A(?:.*\n){0,2}(?:# |; |<!-- )%s|\A\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
+                         % (re.escape(mark), re.escape(mark)))
     found = []
     for folder, folders, names in os.walk(location):
         if os.path.relpath(folder, location).count(os.sep):
@@ -1866,6 +1875,14 @@ def beside(path, suffix):
     return os.path.join(folder, ".%s.%s-%d" % (name, suffix, os.getpid()))
 
 
+def keep_aside(path, aside):
+    """Give a file a second name, or where that cannot be, another."""
+    try:
+        os.link(path, aside, follow_symlinks=False)
+    except OSError:
+        os.rename(path, aside)
+
+
 def install(location, files):
     """Write all files beside their places, then move them there; or leave all as it was, and raise
     OSError.  What a file replaces has a second name until all is done."""
@@ -1878,9 +1895,9 @@ def install(location, files):
             write_new(beside(path, "new"), file.mode, file.text.encode("utf-8", "surrogateescape"))
         for path in paths:
             if os.path.lexists(path):
-                os.link(path, beside(path, "old"), follow_symlinks=False)
                 replaced.append(beside(path, "old"))
-                undo.append((os.replace, beside(path, "old"), path))
+                undo.append((os.replace, replaced[-1], path))
+                keep_aside(path, replaced[-1])
             else:
                 undo.append((os.unlink, path))
             os.replace(beside(path, "new"), path)
@@ -2113,28 +2130,29 @@ def mark_of(format, app):
 
 
 def make_plan(args, app, counts, base):
-    """Return the Plan of an export; warns of what this machine lacks."""
+    """Return the Plan of an export."""
     import shlex
-    name = args.app or os.path.basename(app.root)
-    user = args.user or name
-    group = primary_group(user)
+    name = os.path.basename(app.root) if args.app is None else args.app
+    user = name if args.user is None else args.user
     log = os.path.abspath(args.log) if args.log else ""
-    if not group and not args.user_units and args.format != "kubernetes":
-        complain("warning: this machine has no user `%s`" % user)
-    if log and not os.path.isdir(log):
-        complain("warning: there is no directory %s, which the logs need" % log)
     again = [each for each in args.argv if each not in ("--force", "--dry-run")]
     mark = mark_of(args.format, name) + "Again: cd %s && procrun.py %s" % (
         shlex.quote(os.getcwd()), " ".join(map(shlex.quote, again)))
-    if not is_text(mark):
-        raise Failure("this command line has characters that a comment cannot carry")
     variables = {as_str(key): as_str(value) for key, value in
                  {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()}
     variables.pop("PORT", None), variables.pop("PS", None)    # an instance has its own
     root = app.root if args.format != "kubernetes" or args.root else ""
     grace = max(1, -int(-args.timeout // 1))
-    return Plan(name, user, group or user, root, log, grace, mark, variables, app.types, counts,
+    return Plan(name, user, primary_group(user) or user, root, log, grace, mark, variables, app.types, counts,
                 base, args.image, args.user_units, os.path.abspath(args.location))
+
+
+def warn(plan, format):
+    """Say what this machine lacks for an export."""
+    if not (primary_group(plan.user) or plan.user_units or format == "kubernetes"):
+        complain("warning: this machine has no user `%s`" % plan.user)
+    if plan.log and not os.path.isdir(plan.log):
+        complain("warning: there is no directory %s, which the logs need" % plan.log)
 
 
 def tell_export(text):
@@ -2158,13 +2176,12 @@ def cmd_export(args):
     counts, base, instances = planned(args, app)
     plan = make_plan(args, app, counts, base)
     files = export_files(plan, instances, args.format)
+    warn(plan, args.format)
     if args.dry_run:
         dry_run(plan, instances, args.format)
         return 0
-    mark = re.escape(mark_of(args.format, plan.app).encode())
-    pattern = re.compile(rb'(?m)^(?:# |; |<!-- | *"procrun/made-by": ")' + mark)
     try:
-        ours = marked(plan.location, pattern)
+        ours = marked(plan.location, mark_of(args.format, plan.app).encode())
         in_the_way(plan.location, files, ours, args.force)
         install(plan.location, files)
         for file in files:
