@@ -965,14 +965,11 @@ def catch_signals():
     return fd, ignored
 
 
-def default_signals(keep):
-    """Default dispositions, but for the signals in `keep`: what a program expects to be born with.
-
-    CPython ignores SIGPIPE and SIGXFSZ, and procrun may have been started with others ignored.
-    """
-    for number in range(1, signal.NSIG):
-        if number not in keep and signal.getsignal(number) not in (signal.SIG_DFL, None):
-            signal.signal(number, signal.SIG_DFL)
+def altered_signals():
+    """The signals whose disposition is not the default: CPython ignores SIGPIPE and SIGXFSZ, procrun
+    catches some, and may have been started with others ignored.  A child is to see none of it."""
+    return [number for number in range(1, signal.NSIG)
+            if signal.getsignal(number) not in (signal.SIG_DFL, None)]
 
 
 def signal_name(number):
@@ -1000,17 +997,6 @@ def signal_leader(pid, number):
             os.kill(pid, number)
         except (ProcessLookupError, PermissionError):
             pass
-
-
-def fork_blocked():
-    """os.fork() with all signals blocked in the child, so that none is lost between two owners."""
-    mask, pid = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals()), None
-    try:
-        pid = os.fork()
-    finally:
-        if pid != 0:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    return pid
 
 
 # Child: one instance, forked ---------------------------------------------------------------------
@@ -1060,9 +1046,10 @@ class Child:
         return "terminated by " + signal_name(-self.status)
 
 
-Ground = namedtuple("Ground", "root variables stdin limits ignored")
+Ground = namedtuple("Ground", "root variables stdin limits signals")
 Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to
-bytes) before the instance's own part, the fd of their stdin, RLIMIT_NOFILE, ignored signals."""
+bytes) before the instance's own part, the fd of their stdin, RLIMIT_NOFILE, and the signals that
+are to have their default disposition."""
 
 
 def become(ground, child, reports):
@@ -1081,7 +1068,8 @@ def become(ground, child, reports):
         os.dup2(child.output, 2)
         os.chdir(ground.root)
         resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
-        default_signals(ground.ignored)
+        for number in ground.signals:
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.execve("/bin/sh", [b"/bin/sh", b"-c", child.instance.command], environment)
     except OSError as error:
@@ -1159,8 +1147,9 @@ class Guard:
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
         (orders, order), (report, self.reports) = os.pipe(), pipe(False, True)
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
         try:
-            pid = fork_blocked()
+            pid = os.fork()
         except OSError as error:
             raise Failure("cannot fork: %s" % error.strerror)
         if pid == 0:
@@ -1169,13 +1158,15 @@ class Guard:
                 os._exit(0)
             finally:
                 os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(orders)
         os.close(self.reports)
         return pid, order, report
 
     def run(self, orders):
-        """The forked side.  A session of its own, and all signals but SIGCHLD blocked for ever:
-        neither Ctrl-C nor a closed terminal reach it, and it holds nothing that is waited for."""
+        """The forked side.  A session of its own, and all signals blocked, but for SIGCHLD when all
+        children are forked: neither Ctrl-C nor a closed terminal reach it, and none is lost between
+        two owners, it and a child.  It holds nothing that anybody waits for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
@@ -1184,10 +1175,12 @@ class Guard:
         self.adopts = become_subreaper()
         signals, wakeup = pipe(False, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals() - {signal.SIGCHLD})
         self.selector = selectors.DefaultSelector()
         self.selector.register(orders, selectors.EVENT_READ, self.on_order)
         self.selector.register(signals, selectors.EVENT_READ, read_some)
+        while self.waiting:
+            self.turn()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         while not self.over:
             self.turn()
 
@@ -1232,7 +1225,7 @@ class Guard:
     def spawn(self, child):
         """Fork a child; if that fails, no more."""
         try:
-            pid = fork_blocked()
+            pid = os.fork()
             if not pid:
                 become(self.ground, child, self.reports)
             self.leaders[pid] = child
@@ -1804,7 +1797,8 @@ class Supervisor:
         for key, _ in selector.select(until(times, time.monotonic())):
             key.data()
         self.show_partial()
-        self.obey()
+        if self.steps:
+            self.obey()
         self.flush()
 
     def put_down(self):
@@ -1831,10 +1825,10 @@ def write_new(path, mode, data):
 
 
 def marked(location, mark):
-    """Return the relative paths of the files in a folder, and two levels deeper, whose first comment
-    begins with the mark (bytes); links are not followed, what cannot be read is not ours."""
-    pattern = re.compile(rb'\A(?:.*\n){0,2}(?:# |; |<!-- )%s|\A\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
-                         % (re.escape(mark), re.escape(mark)))
+    """Return the relative paths of the files in a folder, and two levels deeper, whose first
+    comment begins with the mark (bytes); links are not followed, what cannot be read is not ours."""
+    first = rb'(?:.*\n){0,2}(?:# |; |<!-- )%s|\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
+    pattern = re.compile(first % (re.escape(mark), re.escape(mark)))
     found = []
     for folder, folders, names in os.walk(location):
         if os.path.relpath(folder, location).count(os.sep):
@@ -1843,7 +1837,7 @@ def marked(location, mark):
             try:
                 if stat.S_ISREG(os.lstat(path).st_mode):
                     with open(path, "rb") as file:
-                        ours = pattern.search(file.read())
+                        ours = pattern.match(file.read())
                     found += [os.path.relpath(path, location)] * bool(ours)
             except OSError:
                 pass
@@ -2073,7 +2067,8 @@ def cmd_start(args):
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
     signals, ignored = catch_signals()
-    ground = Ground(app.root, environment_of(app), None, limits, ignored)
+    reset = [number for number in altered_signals() if number not in ignored]
+    ground = Ground(app.root, environment_of(app), None, limits, reset)
     supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
     return supervisor.run(children, ground, attached)
 
@@ -2092,8 +2087,8 @@ def cmd_run(args):
         environment.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     enter_root(app.root)
-    # What CPython ignores; all else is as it was when procrun was started.
-    default_signals(signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ})
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):    # which CPython ignores
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
@@ -2143,8 +2138,9 @@ def make_plan(args, app, counts, base):
     variables.pop("PORT", None), variables.pop("PS", None)    # an instance has its own
     root = app.root if args.format != "kubernetes" or args.root else ""
     grace = max(1, -int(-args.timeout // 1))
-    return Plan(name, user, primary_group(user) or user, root, log, grace, mark, variables, app.types, counts,
-                base, args.image, args.user_units, os.path.abspath(args.location))
+    group = primary_group(user) or user
+    return Plan(name, user, group, root, log, grace, mark, variables, app.types, counts, base,
+                args.image, args.user_units, os.path.abspath(args.location))
 
 
 def warn(plan, format):
