@@ -966,8 +966,8 @@ def catch_signals():
 
 
 def altered_signals():
-    """The signals whose disposition is not the default: CPython ignores SIGPIPE and SIGXFSZ, procrun
-    catches some, and may have been started with others ignored.  A child is to see none of it."""
+    """The signals whose disposition is not the default: CPython ignores SIGPIPE and SIGXFSZ,
+    procrun catches some, and was perhaps started with others ignored.  No child is to see it."""
     return [number for number in range(1, signal.NSIG)
             if signal.getsignal(number) not in (signal.SIG_DFL, None)]
 
@@ -1140,7 +1140,6 @@ class Guard:
         self.orphaned = set()       # groups that outlived their leader, where none is adopted
         self.last = None            # SIGTERM or SIGKILL once it was sent
         self.told = set()           # the groups that got it
-        self.killed = set()         # adopted processes that were reported as killed
         self.steps = []             # of a shutdown without procrun
         self.over = False
 
@@ -1165,8 +1164,8 @@ class Guard:
 
     def run(self, orders):
         """The forked side.  A session of its own, and all signals blocked, but for SIGCHLD when all
-        children are forked: neither Ctrl-C nor a closed terminal reach it, and none is lost between
-        two owners, it and a child.  It holds nothing that anybody waits for."""
+        children are forked: neither Ctrl-C nor a closed terminal reach it, and no signal is lost
+        between two owners, it and a child.  It holds nothing that anybody waits for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
@@ -1253,17 +1252,16 @@ class Guard:
                 signal_leader(group, number)
 
     def pursue(self):
-        """During a shutdown: the last signal to the groups that did not get it yet."""
-        groups = self.groups() - self.told
-        for group in groups:
+        """During a shutdown: the last signal to the groups that did not get it yet; SIGKILL to all,
+        for it cannot be too much, and a word on those who are not in an instance's group."""
+        groups, killing = self.groups(), self.last == signal.SIGKILL
+        for pid in self.adopted() if killing else ():
+            if os.getpgid(pid) not in self.told:
+                self.report(b"killed", 0, pid)
+        for group in groups if killing else groups - self.told:
             signal_leader(group, self.last)
             signal_leader(group, signal.SIGCONT)    # or a stopped one would not see its SIGTERM
-        if self.last == signal.SIGTERM:
-            self.told |= groups
-            return
-        for pid in self.adopted() - self.killed:
-            self.killed.add(pid)
-            self.report(b"killed", 0, pid)
+        self.told |= groups
 
     def reap(self):
         """Look at each dead child, act, and only then reap it: until then its id is its own."""
@@ -1826,7 +1824,7 @@ def write_new(path, mode, data):
 
 def marked(location, mark):
     """Return the relative paths of the files in a folder, and two levels deeper, whose first
-    comment begins with the mark (bytes); links are not followed, what cannot be read is not ours."""
+    comment begins with the mark (bytes); links are not followed, what cannot be read is left."""
     first = rb'(?:.*\n){0,2}(?:# |; |<!-- )%s|\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
     pattern = re.compile(first % (re.escape(mark), re.escape(mark)))
     found = []
