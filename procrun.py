@@ -218,7 +218,7 @@ def parse_env(text, source=".env"):
                                      end)
                 variables[head[1]] = value
             elif text[place:end].strip()[:1] not in (b"", b"#"):
-                raise ValueError("expected NAME=value, found `%s`" % shown(text[place:end]), end)
+                raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
         except ValueError as error:
             problem, end = error.args
             errors.append("%s:%d: %s" % (source, number, problem))
@@ -954,7 +954,7 @@ CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, s
 
 def catch_signals():
     """Have the caught signals arrive as bytes in a pipe, and do nothing else; return its reading
-    end and the signals that stay ignored.  For good: a late one must not alter the exit status."""
+    end and the signals that stay ignored."""
     # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     fd, wakeup = pipe(False, False)
@@ -1800,7 +1800,10 @@ class Supervisor:
         self.flush()
 
     def put_down(self):
-        """Whatever happened: leave no child, no guard, and the terminal as it was."""
+        """Whatever happened: leave no child, no guard, and the terminal as it was.
+
+        CPython takes its signal handlers down at exit: late signals are blocked, not to end it so.
+        """
         if self.guard:
             self.order(signal.SIGKILL)
             os.close(self.orders)
@@ -1808,6 +1811,7 @@ class Supervisor:
                 self.take_over()
         if self.keyboard:
             self.keyboard.set(self.keyboard.old)
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
 
 
 # Files: all of them as a whole, or none ----------------------------------------------------------

@@ -1,23 +1,52 @@
-"""The tests of procrun, in the order of its sections.
+"""The tests of procrun, in the order of its sections; and at the foot, its benchmark.
 
-Four helpers: procfile() makes an app's folder, Run starts procrun there and shakes hands with it
-by its output, eventually() retries an assertion, and leftovers() looks from outside for anything
-that carries the test's own tag in its environment.
+Helpers: procfile() makes an app's folder, Run starts procrun there and shakes hands with it by its
+output, eventually() retries an assertion, and leftovers() looks from outside for anything that
+carries the test's own tag in its environment.
 """
+import configparser
+import contextlib
+import fcntl
+import functools
+import http.client
+import itertools
+import json
 import os
+import pathlib
+import platform
+import plistlib
+import pty
+import random
 import re
+import resource
+import select
 import selectors
+import shlex
+import shutil
 import signal
+import socket
+import stat
+import statistics
+import string
+import struct
 import subprocess
 import sys
+import tempfile
+import termios
 import time
+import traceback
 import uuid
 
-import pytest
+try:
+    import pytest
+except ImportError:    # the benchmark does without
+    from unittest import mock
+    pytest = mock.MagicMock()
 
 import procrun
 
-PROCRUN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "procrun.py")
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROCRUN = os.path.join(HERE, "procrun.py")
 
 
 def eventually(check, seconds=10.0):
@@ -28,7 +57,7 @@ def eventually(check, seconds=10.0):
         if result:
             return result
         assert time.monotonic() < deadline, "did not come true in %s s" % seconds
-        selectors.select.select((), (), (), 0.01)
+        select.select((), (), (), 0.01)
 
 
 def leftovers(tag):
@@ -73,14 +102,15 @@ class Run:
                 eventually(lambda: not leftovers(self.tag), self.grace)
         finally:
             for pid, _ in leftovers(self.tag):
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
             if self.process.stdout:
                 self.process.stdout.close()
 
     def read(self, seconds):
         """Read what there is; False at the end of the output."""
-        ready = selectors.select.select([self.process.stdout], (), (), seconds)[0]
+        ready = select.select([self.process.stdout], (), (), seconds)[0]
         data = os.read(self.process.stdout.fileno(), 1 << 20) if ready else b""
         self.output += data
         return bool(data) or not ready
@@ -120,87 +150,3913 @@ def procfile(folder, text, env=None):
     return folder
 
 
+PYTHON = shlex.quote(sys.executable)
+WAIT = "exec cat"       # for ever: nobody writes to a process's stdin, and nobody closes it
+LOOP = "while :; do sleep 0.03; done"                     # the same for a shell with traps
+UNTIL = "while [ ! -e %s ]; do sleep 0.03; done"          # until there is such a file
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+def ask(folder, *args, python=("-S", PROCRUN), env=None, **options):
+    """Run procrun to its end; return (exit status, stdout, stderr)."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("PORT", "PS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")}
+    done = subprocess.run([sys.executable, *python, *args], cwd=str(folder), timeout=20,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**environment, **(env or {})}, **{"input": b"", **options})
+    return done.returncode, done.stdout, done.stderr
+
+
+def parsed(text):
+    """The Procfile's types as (name, command) pairs, or the numbers of its bad lines."""
+    try:
+        return [(each.name, each.command) for each in procrun.parse_procfile(text, "P")]
+    except procrun.Failure as failure:
+        assert all(line.startswith("P:") for line in failure.args)
+        return [int(line.split(":")[1]) for line in failure.args]
+
+
 # Procfile ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, expected", [
-    (b"web: cmd a b\n", [("web", b"cmd a b")]),
-    (b"web:cmd", [("web", b"cmd")]),
-    (b"web:\t  cmd  \n", [("web", b"cmd  ")]),
-    (b"\xef\xbb\xbfweb: a\r\nz: b\r\n", [("web", b"a"), ("z", b"b")]),
-    (b"# web: x\n\n   \n  # y\nmy-web_1: a:b # c\n", [("my-web_1", b"a:b # c")]),
-    (b"a: x \\\n  y\nb: z\\\\\nc: w\\", [("a", b"x   y"), ("b", b"z\\\\"), ("c", b"w\\")]),
-    (b"web: printf '\xff\x01'\n", [("web", b"printf '\xff\x01'")]),
+    (b"web: cmd a b\nworker: x\n", [("web", b"cmd a b"), ("worker", b"x")]),
+    (b"web: no newline at the end", [("web", b"no newline at the end")]),
+    (b"web:none\na:   three\nb:\ttab\nc: \t mixed", [
+        ("web", b"none"), ("a", b"three"), ("b", b"tab"), ("c", b"mixed")]),
+    (b"\xef\xbb\xbfweb: byte order mark", [("web", b"byte order mark")]),
+    (b"web: crlf\r\n\r\n# c\r\nz: last\r\n", [("web", b"crlf"), ("z", b"last")]),
+    (b"web: crlf \\\r\n  continued\r\n", [("web", b"crlf   continued")]),
+    (b"\n  \n\t\nweb: a\n\n", [("web", b"a")]),
+    (b"# web: x\n  # y\n\t#z: z\nweb: a # b\n", [("web", b"a # b")]),
+    (b"# goes on? \\\nweb: a", [("web", b"a")]),
+    (b"A-Za-z_0-9: a\n-: b\n_: c\n0: d\n", [
+        ("A-Za-z_0-9", b"a"), ("-", b"b"), ("_", b"c"), ("0", b"d")]),
+    (b"web: curl http://x:80/ a:b\nz:: y", [("web", b"curl http://x:80/ a:b"), ("z", b": y")]),
+    (b"web: kept  \t \n", [("web", b"kept  \t ")]),
+    (b"web: a\tb\x01\x0b\x0c\x1c\x7f\rc", [("web", b"a\tb\x01\x0b\x0c\x1c\x7f\rc")]),
+    (b"web: \xff\xfe\xc3\x28", [("web", b"\xff\xfe\xc3\x28")]),
+    ("web: \u00e9\u0085\u2028\u00a0".encode(), [("web", "\u00e9\u0085\u2028\u00a0".encode())]),
+    ("web:\u00a0x".encode(), [("web", "\u00a0x".encode())]),
+    (b"a: x \\\n  y\\\nz: 1\nb: 2", [("a", b"x   yz: 1"), ("b", b"2")]),
+    (b"a: echo \\\n  # b\nc: d", [("a", b"echo   # b"), ("c", b"d")]),
+    (b"a: x\\\\\nb: y", [("a", b"x\\\\"), ("b", b"y")]),
+    (b"a: $PORT ${PORT} '$PORT' `id`", [("a", b"$PORT ${PORT} '$PORT' `id`")]),
+    (b"web: " + b"x" * 100000, [("web", b"x" * 100000)]),
+    (b"all-web: a\nALL: b\nsystem: c", [("all-web", b"a"), ("ALL", b"b"), ("system", b"c")]),
 ])
 def test_procfile_entries(text, expected):
-    assert [(each.name, each.command) for each in procrun.parse_procfile(text)] == expected
+    assert parsed(text) == expected
 
 
-def test_procfile_errors_name_every_bad_line():
-    text = b"web: a\nnope\nw b: x\nempty:  \nweb: b\nall: x\nnul: a\0b\n"
+def test_procfile_entries_know_their_lines():
+    types = procrun.parse_procfile(b"# c\na: x \\\ny\n\nb: z\n", "Procfile")
+    assert [each.line for each in types] == [2, 5]
+
+
+@pytest.mark.parametrize("line, message", [
+    (b"no colon", "colon"), (b"web", "colon"), (b"- web", "colon"),
+    ("w\u00e9b: x".encode(), "name"), (b": x", "name"), (b"my.web: x", "name"),
+    (b"a/b: x", "name"), (b"a b: x", "name"), (b"web : x", "name"), (b"  web: x", "name"),
+    (b"\tweb: x", "name"), (b"w\xffb: x", "name"), (b"\xef\xbb\xbfweb: x", "name"),
+    (b"web:", "empty"), (b"web: \t ", "empty"), (b"all: x", "all"), (b"first: again", "line 1"),
+    (b"web: a\0b", "NUL"),
+])
+def test_procfile_errors(line, message):
     with pytest.raises(procrun.Failure) as failure:
+        procrun.parse_procfile(b"first: a\n\n" + line + b"\nlast: z\n", "sub/Procfile")
+    assert len(failure.value.args) == 1
+    assert failure.value.args[0].startswith("sub/Procfile:3: ")
+    assert message in failure.value.args[0]
+
+
+def test_procfile_errors_come_in_one_go():
+    text = b"a: 1\nnope\nw b: x\ngood: y\nempty:  \na: b\nx: \\\n y\nall: x\n"
+    assert parsed(text) == [2, 3, 5, 6, 9]
+
+
+@pytest.mark.parametrize("text", [b"", b"\n\n", b"# web: x\n", b"\xef\xbb\xbf", b" \r\n"])
+def test_procfile_without_process_types(text):
+    with pytest.raises(procrun.Failure, match="^P: .*no process types"):
         procrun.parse_procfile(text, "P")
-    assert [line.split(":")[:2] for line in failure.value.args] == [["P", str(n)] for n in range(2, 8)]
-    assert "first on line 1" in failure.value.args[3]
+
+
+def test_procfile_fuzz_written_and_read_again():
+    chance = random.Random(2)
+    for _ in range(800):
+        types, text = {}, chance.choice([b"", b"\xef\xbb\xbf"])
+        for _ in range(chance.randrange(1, 8)):
+            name = "".join(chance.choices("AZaz09_-", k=chance.randrange(1, 9)))
+            command = bytes(chance.choices(range(1, 256), k=chance.randrange(1, 30)))
+            command = command.replace(b"\n", b"").lstrip(b" \t").rstrip(b"\\\r") + b"!"
+            if name in types or name == "all":
+                continue
+            types[name] = command
+            text += chance.choice([b"", b"\n", b" # c\r\n", b"\t\n", b"#\xff:\n"])
+            text += name.encode() + b":" + chance.choice([b"", b" ", b"\t "]) + command
+            text += chance.choice([b"\n", b"\r\n"])
+        assert parsed(text) == list(types.items())
+
+
+def test_procfile_fuzz_every_line_is_an_entry_or_an_error():
+    chance = random.Random(3)
+    entry = re.compile(rb"([A-Za-z0-9_-]+):[ \t]*([^ \t].*)", re.DOTALL)
+    for _ in range(3000):
+        lines = [bytes(chance.choices(b"ab:-_ \t#.\xff", k=chance.randrange(12)))
+                 for _ in range(chance.randrange(1, 9))]
+        good, bad = {}, []
+        for number, line in enumerate(lines, 1):
+            match = entry.fullmatch(line)
+            if not line.strip() or line.strip().startswith(b"#"):
+                continue
+            if match and match[1].decode() not in good:
+                good[match[1].decode()] = match[2]
+            else:
+                bad.append(number)
+        if good or bad:
+            assert parsed(b"\n".join(lines)) == (bad or list(good.items())), lines
 
 
 # Environment -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, value", [
-    (b"A=b", b"b"), (b"A=", b""), (b"export A = b c  d  ", b"b c  d"), (b"A=a#b", b"a#b"),
-    (b"A=b # c", b"b"), (b"A= # c", b""), (b"A=it's", b"it's"), (b"A=C:\\dir\\new", b"C:\\dir\\new"),
-    (b'A={"a": 1}', b'{"a": 1}'), (b"A='a\nb' # c", b"a\nb"), (b'A="a\\n\\t\\"\\\\\\$\\x"', b'a\n\t"\\$\\x'),
-    (b"A=$HOME", b"$HOME"), (b"A=1\nA=2", b"2"), (b"A=\xff", b"\xff"), (b"A=b\r\n", b"b"),
+    (b"A=b", b"b"), (b"A=b\n", b"b"), (b"A=b\r\n", b"b"), (b"  A=b", b"b"), (b"\tA =\tb", b"b"),
+    (b"export A=b", b"b"), (b" export \t A = b", b"b"), (b"export\tA=b", b"b"),
+    (b"A=", b""), (b"A=  ", b""), (b"A=''", b""), (b'A=""', b""), (b"A= # c", b""),
+    (b"A=b \t ", b"b"), (b"A=b  c\td", b"b  c\td"),
+    (b"A=b # c", b"b"), (b"A=b\t# c", b"b"), (b"A=b #", b"b"), (b"A=b # c # d", b"b"),
+    (b"A=a#b", b"a#b"), (b"A=#b", b"#b"), (b"A=http://x/#y z", b"http://x/#y z"),
+    (b"A=it's", b"it's"), (b"A=it's 5\" # c", b"it's 5\""), (b'A={"a": 1}', b'{"a": 1}'),
+    (b"A=C:\\dir\\new", b"C:\\dir\\new"), (b"A=a\\", b"a\\"), (b"A=b=c", b"b=c"),
+    (b"A=$HOME ${X} `id`", b"$HOME ${X} `id`"), (b'A="$HOME"', b"$HOME"), (b"A='$X'", b"$X"),
+    (b"A='b'", b"b"), (b"A=' b # c '", b" b # c "), (b"A='b\\n\"$\\\\'", b"b\\n\"$\\\\"),
+    (b"A = 'b' \t", b"b"), (b"A='b' # it's", b"b"), (b"A='b\n# c\n\nB=d\n'", b"b\n# c\n\nB=d\n"),
+    (b'A="b"', b"b"), (b'A=" b # c "', b" b # c "), (b'A="it\'s"', b"it's"),
+    (b'A="\\n\\t\\"\\\\\\$"', b'\n\t"\\$'), (b'A="\\x\\r\\0\\\'\\a"', b"\\x\\r\\0\\'\\a"),
+    (b'A="\\\\n"', b"\\n"), (b'A="a\\\\"', b"a\\"), (b'A="b\nc" # "d"', b"b\nc"),
+    (b'A="a\\\nb"', b"a\\\nb"), (b"A=1\nA=2", b"2"), (b"A=1\nA=", b""),
+    (b"A='1'\nexport A=2", b"2"), (b"# c\n\n  # A=x\n \t\nA=b\n", b"b"),
+    (b"A=\xff\xfe", b"\xff\xfe"), (b"A='\xff\n'", b"\xff\n"),
 ])
 def test_env_values(text, value):
-    assert procrun.parse_env(text) == {b"A": value}
+    assert procrun.parse_env(text, ".env") == {b"A": value}
 
 
-@pytest.mark.parametrize("text, where", [
-    (b"A=1\nB", ".env:2: expected NAME=value"), (b"A=1\nB='x\n\n", ".env:2: the quote"),
-    (b"A='x'y\nB=1", ".env:1: text after"), (b"A-B=1", ".env:1: expected"), (b"A=a\0", ".env:1: NUL"),
+def test_env_names():
+    text = b"a_B9=1\n9x=2\n_=3\nexport=4\nexport exported=5\nexport export=6\n"
+    assert procrun.parse_env(text, ".env") == {
+        b"a_B9": b"1", b"9x": b"2", b"_": b"3", b"export": b"6", b"exported": b"5"}
+
+
+@pytest.mark.parametrize("text, lines", [
+    (b"A", [1]), (b"export A", [1]), (b"=x", [1]), (b"A-B=1", [1]), (b"A.B=1", [1]),
+    (b"A B=1", [1]), (b"A: 1", [1]), ("\u00c4=1".encode(), [1]), (b"'A'=1", [1]),
+    (b"A=1\nB\nC=1\n\nD D=2\n", [2, 5]), (b"A='1\n2'\nB", [3]), (b'A="\n\n\\\n"\n\nB', [6]),
+    (b"A='b'c", [1]), (b'A="b"c', [1]), (b"A='b''c'", [1]), (b'A="b" c # d', [1]),
+    (b"A='b\nc' d\nB\n", [1, 3]), (b"A=1\nB='x\nC=2\n", [2]), (b'A=1\n\nB="x\\"\n', [3]),
+    (b"A=\"x\\", [1]), (b"A=b\0c", [1]), (b"A='\0'", [1]),
 ])
-def test_env_errors(text, where):
+def test_env_errors(text, lines):
     with pytest.raises(procrun.Failure) as failure:
-        procrun.parse_env(text)
-    assert failure.value.args[0].startswith(where)
+        procrun.parse_env(text, "x/.env")
+    assert [line.split(": ")[0] for line in failure.value.args] == ["x/.env:%d" % n for n in lines]
 
 
-# Supervisor --------------------------------------------------------------------------------------
+def test_env_fuzz_written_and_read_again():
+    chance = random.Random(4)
+    escapes = {b"\n": b"\\n", b"\t": b"\\t", b'"': b'\\"', b"\\": b"\\\\", b"$": b"\\$"}
+    for _ in range(800):
+        variables, text = {}, b""
+        for _ in range(chance.randrange(8)):
+            name = bytes(chance.choices(b"AZaz09_", k=chance.randrange(1, 6)))
+            value = bytes(chance.choices(b"\n\t \"'\\$#=nt\x01\x80\xff\r", k=chance.randrange(12)))
+            style = chance.choice("\"' ")
+            if style == "'":
+                value = value.replace(b"'", b"")
+                written = b"'" + value + b"'"
+            elif style == '"':
+                each = [value[n:n + 1] for n in range(len(value))]
+                written = b'"%s"' % b"".join(
+                    escapes.get(c, c) if c in (b"\\", b'"') or chance.random() < 0.5 else c
+                    for c in each)
+            else:
+                value = re.sub(rb"[\n\r]", b"", value).replace(b"#", b"x#").strip(b" \t'\"")
+                written = value
+            variables[name] = value
+            text += chance.choice([b"", b"export ", b"\t"]) + name + chance.choice([b"=", b" = "])
+            text += written + chance.choice([b"\n", b" # it's \"\n", b"  \n\n", b"\r\n"])
+        assert procrun.parse_env(text, ".env") == variables, text
 
-def test_first_exit_ends_the_set(tmp_path):
-    app = procfile(tmp_path, "web: echo hello $PORT $PS; read x; exit 3\n"
-                             "worker: echo up; while :; do sleep 0.1; done\n"
-                             "crash: while [ ! -e go ]; do sleep 0.05; done; echo last; exit 7\n")
+
+@pytest.mark.parametrize("parse", [procrun.parse_procfile, procrun.parse_env])
+def test_fuzz_garbage_is_parsed_or_refused_by_line(parse):
+    chance = random.Random(5)
+    for _ in range(6000):
+        text = bytes(chance.choices(b"aA1:= \t\n\n\\'\"#$\r\0\xff\xef", k=chance.randrange(60)))
+        try:
+            parse(text, "File")
+        except procrun.Failure as failure:
+            assert failure.args
+            for line in failure.args:
+                assert re.match(r"File(:\d+)?: ", line) and "\n" not in line, text
+
+
+# Formation ---------------------------------------------------------------------------------------
+
+APP = "web: {0}\nworker: {0}\nclock: {0}\n".format("echo $PS=$PORT; " + WAIT)
+
+
+@pytest.mark.parametrize("args, env, dotenv, expected", [
+    ("", {}, "", "web.1=5000 worker.1=5100 clock.1=5200"),
+    ("worker", {}, "", "worker.1=5100"),
+    ("clock web -c web=2", {}, "", "web.1=5000 web.2=5001 clock.1=5200"),
+    ("-c web=2", {}, "", "web.1=5000 web.2=5001 worker.1=5100 clock.1=5200"),
+    ("-c web=0,worker=3 --concurrency clock=2 web worker clock", {}, "",
+     "worker.1=5100 worker.2=5101 worker.3=5102 clock.1=5200 clock.2=5201"),
+    ("-c all=2,clock=0", {}, "", "web.1=5000 web.2=5001 worker.1=5100 worker.2=5101"),
+    ("-m clock=2", {}, "", "clock.1=5200 clock.2=5201"),
+    ("-m web=1 --formation worker=1", {}, "", "web.1=5000 worker.1=5100"),
+    ("-m clock=0,all=1", {}, "", "web.1=5000 worker.1=5100"),
+    ("-p 6000 worker", {"PORT": "8000"}, "PORT=7000", "worker.1=6100"),
+    ("--port=65335", {}, "", "web.1=65335 worker.1=65435 clock.1=65535"),
+    ("clock", {"PORT": "8000"}, "PORT=7000", "clock.1=7200"),
+    ("clock", {"PORT": "8000"}, "", "clock.1=8200"),
+])
+def test_formation_and_ports(tmp_path, args, env, dotenv, expected):
+    with Run(procfile(tmp_path, APP, dotenv), "start", *args.split(), env=env) as run:
+        for instance in expected.split():
+            run.expect(rb"\| %s$" % instance.encode())
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+        assert b"SIGKILL" not in run.output
+        started = re.findall(rb"(\S+) +\| started with pid \d+, PORT=(\d+)$", run.output, re.M)
+        assert sorted(b"%s=%s" % each for each in started) == sorted(expected.encode().split())
+        assert len(re.findall(rb"\.\d=\d+$", run.output, re.M)) == len(started)
+
+
+# Export -------------------------------------------------------------------------------------------
+
+FORMATS = "upstart", "systemd", "launchd", "supervisord", "runit", "kubernetes"
+SOME = "upstart", "runit", "kubernetes"    # for what no format does on its own
+BASE = {b"PATH": b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it switches users")
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks in /proc")
+
+
+def needs(*programs):
+    """Skip where one of the programs is not installed."""
+    missing = [each for each in programs if not shutil.which(each)]
+    return pytest.mark.skipif(bool(missing), reason="not installed: " + ", ".join(missing))
+
+
+def export(folder, format, location, *args, status=0, app="myapp", prepare=lambda: None):
+    """Export the app of a folder; return what was said, stdout and stderr.
+
+    In a fork of this process: a new Python would spend most of the time on its own start.
+    """
+    names = ["-a", app] * bool(app) + ["-u", "root"] * ("-u" not in args)
+    names += ["--image", "example/app:1"] * (format == "kubernetes")
+    ended, (output, stdout) = 99, os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.chdir(str(folder))
+            for fd in 1, 2:
+                os.dup2(stdout, fd)
+            sys.stdout, sys.stderr = (open(fd, "w", errors="surrogateescape") for fd in (1, 2))
+            prepare()
+            ended = procrun.main(["export", format, str(location), *names, *map(str, args)])
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(ended)
+    os.close(stdout)
+    with open(output, "rb") as file:
+        said = file.read()
+    ended = os.waitpid(pid, 0)[1] >> 8
+    assert status in (ended, "refused") and ended < 3 and b"Traceback" not in said, said
+    if status == "refused":
+        assert ended
+    elif status:
+        assert said.startswith(b"procrun: ") and said.count(b"\n") == 1
+    return said
+
+
+def tree(folder):
+    """All below a folder: {path: (permission bits, content)}; what is no file has None as such."""
+    return {str(path.relative_to(folder)): (
+        stat.S_IMODE(path.lstat().st_mode),
+        path.read_bytes() if path.is_file() and not path.is_symlink() else None)
+        for path in folder.rglob("*")}
+
+
+def files(folder):
+    """The files of an export, by path."""
+    return {path: data for path, (_, data) in tree(folder).items() if data is not None}
+
+
+# What the managers would run: models of how each reads its files ---------------------------------
+#
+# Each returns {instance: (argv, environment, working directory)}, all in bytes.
+
+def upstart_words(line):
+    """The words of a line: a backslash is active in quotes too, # starts a comment anywhere."""
+    words, word, quote, place = [], None, "", 0
+    while place < len(line):
+        char, after = line[place], line[place + 1:place + 2]
+        if char == "\\" and after:
+            word, place = (word or "") + (after if after in "\\ \t" else char + after), place + 1
+        elif quote or char in "'\"":
+            word, quote = ((word or "") + char, quote) if quote not in ("", char) else \
+                (word or "", "" if quote else char)
+        elif char in " \t\r":
+            words, word = words + [word] * (word is not None), None
+        elif char == "#":
+            break
+        else:
+            word = (word or "") + char
+        place += 1
+    assert not quote, "Unterminated quoted string: " + line
+    return words + [word] * (word is not None)
+
+
+def upstart_job(text):
+    """The stanzas of a job as {name: the rest of its words}, its scripts as text."""
+    job, lines = {}, iter(text.split("\n"))
+    for line in lines:
+        words = upstart_words(line)
+        if not words:
+            continue
+        size = 1 + (words[0] in ("start", "stop", "kill") or words[:2] == ["respawn", "limit"])
+        size += words[-1] == "script" and len(words) > 1
+        name = " ".join(words[:size])
+        assert name in ("description", "start on", "stop on", "respawn", "respawn limit", "setuid",
+                        "setgid", "chdir", "kill timeout", "script", "post-stop", "env"), line
+        assert name not in job
+        if words[-1] != "script":
+            job[name] = words[size:]
+            continue
+        body = list(itertools.takewhile(
+            lambda each: not re.match(r"[ \t\r]*end[ \t\r]+script[ \t\r]*(#|$)", each), lines))
+        margin = len(os.path.commonprefix([re.match(r"[ \t\r]*", body[0])[0]] + body))
+        job[name] = "".join(each[margin:] + "\n" for each in body)
+    return job
+
+
+def run_by_upstart(location):
+    runs, folder = {}, location.parent / "scripts"
+    folder.mkdir()
+    for path, data in files(location).items():
+        job = upstart_job(os.fsdecode(data))
+        if "script" not in job:
+            continue
+        name = path[len("myapp-"):-len(".conf")]
+        script = folder.joinpath(name)    # it is passed by /proc/self/fd/9
+        script.write_bytes(os.fsencode(job["script"]))
+        assert (job["setuid"], job["setgid"]) == (["root"], ["root"]) and job["respawn"] == []
+        root, = job["chdir"]
+        runs[name] = [b"/bin/sh", b"-e", bytes(script)], {**BASE, b"TERM": b"linux"}, root
+    return runs
+
+
+def systemd_words(text):
+    """The words of a value: quotes of both kinds, C escapes in and outside of them."""
+    simple = dict(zip(b'abfnrtvs"\'\\', b"\a\b\f\n\r\t\v \"'\\"))
+    words, word, quote, place = [], None, None, 0
+    while place < len(text):
+        char = text[place]
+        if char == 0x5c:
+            match = re.compile(rb"\\(?:x([0-9a-f]{2})|([0-7]{3})|(.))", re.S).match(text, place)
+            assert match and (match[1] or match[2] or match[3][0] in simple), text
+            word = (word or b"") + (bytes([int(match[1], 16)]) if match[1] else
+                                    bytes([int(match[2], 8)]) if match[2] else
+                                    bytes([simple[match[3][0]]]))
+            place = match.end() - 1
+        elif quote is None and char in b"'\"":
+            word, quote = word or b"", char
+        elif char == quote:
+            quote = None
+        elif quote is None and char in b" \t\n\r":
+            words, word = words + [word] * (word is not None), None
+        else:
+            word = (word or b"") + bytes([char])
+        place += 1
+    assert quote is None, text
+    return words + [word] * (word is not None)
+
+
+def systemd_specifiers(text):
+    """%% is %; anything else would be replaced."""
+    assert not re.search(rb"%(?!%)", text.replace(b"%%", b"")), text
+    return text.replace(b"%%", b"%")
+
+
+def systemd_dollars(word, environment):
+    """$$ is $, ${NAME} is replaced; $NAME only where it is the whole word."""
+    assert not re.match(rb"\$[^{$]", word)
+    return re.sub(rb"\$(\$|\{(\w+)\})", lambda match: environment.get(match[2], b"")
+                  if match[2] else b"$", word)
+
+
+def systemd_unit(data):
+    """The settings of a unit, {name: [value, ...]}."""
+    unit = {}
+    data.decode()    # systemd skips lines that are not UTF-8
+    for line in re.sub(rb"\\\n", b" ", data).split(b"\n"):
+        line = line.strip(b" \t\r\n")
+        if line and line[:1] not in b"#;[":
+            name, equals, value = line.partition(b"=")
+            assert equals, line
+            unit.setdefault(name.strip().decode(), []).append(value.strip(b" \t\r\n"))
+    return unit
+
+
+def systemd_environment(data):
+    """The variables of an environment file; see systemd's env-file.c."""
+    variables, place = {}, 0
+    while place < len(data):
+        match = re.compile(rb"[ \t\r\n]*(?:[#;](?:\\.|[^\\\r\n])*|([^=\n]*?)[ \t]*=|$)",
+                           re.S).match(data, place)
+        place = match.end()
+        if match[1] is None:
+            place += not data[match.start():place].strip()
+            continue
+        value = b""
+        while data[place:place + 1] not in (b"\n", b"\r", b""):
+            part = re.compile(rb"""'([^']*)'|"((?:\\.|[^"\\])*)"|[ \t]+|((?:\\.|[^\\\r\n])+)""",
+                              re.S).match(data, place)
+            if part[2] is not None:
+                value += re.sub(rb'\\(["\\$`]|\n)', lambda each: each[1].strip(b"\n"), part[2])
+            elif part[3] is not None:
+                value += re.sub(rb"(?s)\\(.)", lambda each: each[1].strip(b"\n"), part[3]).rstrip()
+            else:
+                value += part[1] or b""
+            place = part.end()
+        value.decode()    # a value that is not UTF-8 discards the whole file
+        assert re.fullmatch(rb"[A-Za-z_]\w*", match[1])
+        if not re.search(rb"[\x01-\x08\x0b-\x1f\x7f]", value):    # dropped, with a warning
+            variables[match[1]] = value
+    return variables
+
+
+def run_by_systemd(location):
+    runs = {}
+    for path, data in files(location).items():
+        if not path.endswith(".service"):
+            continue
+        unit = systemd_unit(data)
+        assert unit["User"] + unit["KillMode"] + unit["Restart"] == [b"root", b"mixed", b"always"]
+        environment = dict(BASE)
+        for each in unit.get("Environment", ()):
+            environment.update(systemd_specifiers(word).split(b"=", 1)
+                               for word in systemd_words(each))
+        source, = map(systemd_specifiers, unit["EnvironmentFile"])
+        assert not re.search(rb"[*?\[]", source)
+        with open(source, "rb") as file:
+            environment.update(systemd_environment(file.read()))
+        command, = unit["ExecStart"]
+        runs[path[len("myapp-"):-len(".service")]] = (
+            [systemd_dollars(systemd_specifiers(word), environment)
+             for word in systemd_words(command)],
+            environment, *map(systemd_specifiers, unit["WorkingDirectory"]))
+    return runs
+
+
+def run_by_launchd(location):
+    runs = {}
+    for path, data in files(location).items():
+        job = plistlib.loads(data)
+        assert job["KeepAlive"] is True and job["RunAtLoad"] is True and job["UserName"] == "root"
+        assert job["Label"] + ".plist" == path
+        runs[job["Label"][len("myapp-"):]] = (
+            list(map(os.fsencode, job["ProgramArguments"])),
+            {**BASE, **{os.fsencode(name): os.fsencode(value)
+                        for name, value in job["EnvironmentVariables"].items()}},
+            job["WorkingDirectory"])
+    return runs
+
+
+def kubernetes_expanded(text, variables):
+    """$(NAME) of a variable is replaced, $$ is $; see kubernetes' expansion.go, byte for byte."""
+    def expand(match):
+        if match[1] is not None:
+            return variables.get(match[1], match[0])
+        return b"$" if match[2] == b"$" else b"$" + chr(match[2][0]).encode()
+    return re.sub(rb"(?s)\$(?:\(([^)]*)\)|(.))", expand, text)
+
+
+def kubernetes_items(location):
+    """The objects of an export, by kind and name."""
+    (data,) = files(location).values()
+    return {(each["kind"], each["metadata"]["name"]): each for each in json.loads(data)["items"]}
+
+
+def run_by_kubernetes(location):
+    runs, items = {}, kubernetes_items(location)
+    for (kind, name), item in items.items():
+        if kind != "Deployment":
+            continue
+        (container,) = item["spec"]["template"]["spec"]["containers"]
+        environment = dict(BASE)
+        for each in container["envFrom"]:
+            secret = items["Secret", each["secretRef"]["name"]]["stringData"]
+            environment.update((os.fsencode(key), value.encode()) for key, value in secret.items())
+        for each in container["env"]:
+            if "valueFrom" in each:
+                assert each["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
+            value = each.get("value", name + "-5d4f-x2x").encode()
+            environment[each["name"].encode()] = kubernetes_expanded(value, environment)
+        runs[name[len("myapp-"):] + "-1"] = (
+            [kubernetes_expanded(word.encode(), environment) for word in container["command"]],
+            environment, container.get("workingDir"))
+    return runs
+
+
+def run_by_supervisord(location):
+    runs = {}
+    for data in files(location).values():
+        parser = configparser.RawConfigParser(inline_comment_prefixes=(";", "#"), strict=False)
+        parser.read_string(data.decode())
+        for section in parser.sections():
+            if not section.startswith("program:"):
+                continue
+            program = {name: value % {} for name, value in parser.items(section)}
+            assert program["user"] == "root" and program["autorestart"] == "true"
+            lexer = shlex.shlex(program["environment"])
+            lexer.wordchars += "/.+-():"
+            tokens = list(lexer)
+            assert set(tokens[1::4]) == {"="} and set(tokens[3::4]) == {","}
+            runs[section[len("program:myapp-"):]] = (
+                list(map(os.fsencode, shlex.split(program["command"]))),
+                {**BASE, **{os.fsencode(name): os.fsencode(value.strip("'\""))
+                            for name, value in zip(tokens[::4], tokens[2::4])}},
+                program["directory"])
+    return runs
+
+
+def run_by_runit(location):
+    """With the real chpst."""
+    return {name[len("myapp-"):]: ([b"./run"], BASE, str(location / name))
+            for name in {path.split("/")[0] for path in files(location)}}
+
+
+MODELS = {format: globals()["run_by_" + format] for format in FORMATS}
+models = pytest.mark.parametrize("format", [
+    pytest.param(format, marks=[needs("chpst"), as_root] * (format == "runit"))
+    for format in MODELS])
+
+
+# The real managers -------------------------------------------------------------------------------
+
+def settle(process, tag):
+    """End a manager, and see that it left nothing."""
+    process.terminate()
+    process.wait(20)
+    try:
+        eventually(lambda: not leftovers(tag))
+    finally:
+        for pid, _ in leftovers(tag):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def supervisord(location):
+    """A supervisord that includes *.conf of the location; yields what calls supervisorctl."""
+    tag = "PROCRUN_TEST=" + uuid.uuid4().hex
+    folder = location.parent
+    folder.joinpath("s.conf").write_text("""
+        [supervisord]
+        nodaemon = true
+        user = root
+        logfile = %(here)s/s.log
+        pidfile = %(here)s/s.pid
+        childlogdir = %(here)s
+        [unix_http_server]
+        file = %(here)s/s.sock
+        [rpcinterface:supervisor]
+        supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface
+        [supervisorctl]
+        serverurl = unix://%(here)s/s.sock
+        [include]
+        files = %(here)s/{}/*.conf
+        """.replace("\n        ", "\n").format(location.name))
+
+    def control(*words):
+        subprocess.run(["supervisorctl", "-c", "s.conf", *words], cwd=str(folder), timeout=30,
+                       stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["supervisord", "-c", "s.conf"], cwd=str(folder), stdout=subprocess.DEVNULL,
+        env=dict(os.environ, **dict([tag.split("=")])))
+    try:
+        eventually(lambda: folder.joinpath("s.sock").exists() or process.poll() is not None)
+        assert process.poll() is None, folder.joinpath("s.log").read_bytes()
+        yield control
+    finally:
+        settle(process, tag)
+
+
+@contextlib.contextmanager
+def runsvdir(location):
+    """A runsvdir of the location; yields what calls sv for one service, or for all."""
+    tag = "PROCRUN_TEST=" + uuid.uuid4().hex
+
+    def control(word, name="*"):
+        services = sorted(location.glob(name))
+        subprocess.run(["sv", "-w", "20", word, *map(str, services)], timeout=30,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(["runsvdir", "-P", str(location)], stdout=subprocess.DEVNULL,
+                               env=dict(os.environ, **dict([tag.split("=")])))
+    try:
+        yield control
+    finally:
+        process.send_signal(signal.SIGHUP)    # end the services, too
+        settle(process, tag)
+
+
+MANAGERS = {"supervisord": supervisord, "runit": runsvdir}
+real = pytest.mark.parametrize("format", [
+    pytest.param("supervisord", marks=[as_root, needs("supervisord", "supervisorctl")]),
+    pytest.param("runit", marks=[as_root, needs("runsvdir", "sv", "chpst", "svlogd")])])
+
+
+# Fidelity: what is run is what start would run ---------------------------------------------------
+
+AWKWARD = [
+    # quotes and backslashes
+    r"""printf '<%s>' 'single quotes' "double quotes" un'quo'te"d" '' "" """,
+    r"""printf '<%s>' "it's" 'say "hi"' 'it'\''s' "\"" '"' "'" "\\\"" '\"'""",
+    r"""printf '<%s>' a\ b \' \" \\ \$x \# \; \& \| c\d""",
+    r"""printf '<%s>' 'ends in \' "ends in \\" 'a\'b \\'c'""",
+    r"""printf '<%s>' '\n' '\x41' "\t" '\\' '\\\' 'C:\dir\new' '\0101' '\ '  ' \x'""",
+    r"""printf '<%s>' last\\""",
+    r"""printf '<%s>' escaped\ \ """,
+    r"""printf '<%s>' 'trailing blanks'   """,
+    r"""printf '%s|' a\
+b""",
+    r"""'printf' '<%s>' quoted program""",
+    r"""\printf '<%s>' escaped program""",
+    r"""'./my prog.sh' 'x y'""",
+    r"""./my\ prog.sh "x  y" """,
+    r"""$PROGRAM '<%s>' program from a variable""",
+    # characters that formats take for something else
+    r"""printf '<%s>' a#b '#' '# c' "x # y" http://x/#frag '#%' #comment""",
+    r"""printf '<%s>' "a;b" 'c;d' a\;b ' ;e' "f ;g" ; printf ';end' ;""",
+    r"""printf '<%s>' '%' %% %h %i %n '%s' '%(ENV_HOME)s' "100%" %%% %""",
+    r"""printf '<%s>' '$PORT' "\$PORT" '${PORT}' '$(PORT)' '$$(PORT)' '$$$(PORT)' '$(no)' '$('""",
+    r"""printf '<%s>' '$$PORT' '$$' '$$$$' '$' "$" a$ '$%' $; printf '$'""",
+    r"""printf '<%s>' '!' "!x" !y ^q @z ~~ a=b --x=y x=1 +w , a,b : k:v""",
+    r"""printf '<%s>' '{a,b}' {a,b} '[x]' 'a*' '?' [section] ']]>' '<!-- --'""",
+    r"""printf '<%s>' '<a href="x">' '&amp;' '&lt;' "--" '-->' '<![CDATA['""",
+    r"""printf '<%s>' 'end script'; : end script""",
+    r"""printf '<%s>' "  leading" "trailing  " '	tab	' 	tabs	between """,
+    r"""printf '<%s>' é ünï "日本語" '😀' '$é' "a$é" '%é' \é""",
+    b"""printf '<%s>' \xff\xfe 'caf\xe9' '$\xe9' ok""",
+    b"""printf '<%s>' 'a\x01b' 'bell\x07' 'esc\x1b[0m' 'del\x7f' 'nel\xc2\x85' 'nbsp\xc2\xa0'""",
+    b"""printf '<%s>' 'cr\rlf' 'vt\x0b' 'ff\x0c' 'fs\x1c' 'ls\xe2\x80\xa8' 'bom\xef\xbb\xbf'""",
+    "printf '<%s>' " + "'long word, %' " * 700,
+    # expansions
+    r"""printf '<%s>' "$PORT" "$PS" $PYTHONUNBUFFERED "$NONE" "${NONE:-no}" ${#PORT} ${PORT%0}""",
+    r"""printf '<%s>' $(printf %s sub) `printf %s back` "$(printf 'a\n\nb')" $((1 + 2))""",
+    r"""printf '<%s>' "$#" "$0" "$-" "$*" "${1-unset}" "$?" """,
+    r"""printf '<%s>' $SPACED "$SPACED" "$QUOTED" $QUOTED""",
+    r"""printf '<%s>' "${PWD##*/}" *.txt sub/* 'sub/*' no*match""",
+    r"""test $$ -gt 1 && printf '<%s>' '$$'""",
+    r"""eval printf "'<%s>'" 'a\ b' '"$PORT"'""",
+    # more than one command
+    r"""cd sub && printf '<%s>' * "${PWD##*/}" """,
+    r"""A=1 sh -c 'printf "<%s>" "$A"'; printf '<%s>' "${A-unset}" """,
+    r"""A=1 B="two words" printf '<%s>' assignments""",
+    r"""printf 'b\na\n' | sort""",
+    r"""printf 1; printf 2 && printf 3 || printf 4; false || printf 5; ! false && printf 6""",
+    r"""(printf a; printf b); { printf c; printf d; }""",
+    r"""if true; then printf yes; else printf no; fi""",
+    r"""for i in 1 '2 3' 4; do printf '<%s>' "$i"; done""",
+    r"""case $PORT in 9) printf nine;; *) printf other;; esac""",
+    r"""while read -r line; do printf '<%s>' "$line"; done <lines.txt""",
+    r"""f() { printf '<%s>' "$@"; }; f 'a b' c""",
+    r"""set -- a "b c"; printf '<%s>' "$@" """,
+    r"""trap 'printf bye' EXIT; printf '<%s>' trap""",
+    r"""printf '<%s>' background & wait; printf done""",
+    r"""{ printf err >&2; printf out; } 2>&1""",
+    r"""printf three; exit 3""",
+    r"""false; printf '<%s>' "$?" ; set -u; printf '<%s>' "${UNSET-}" """,
+    # first words that are not programs, or that only look like it
+    r"""exec printf '<%s>' exec""",
+    r"""exec  sh -c 'printf "<%s>" exec two; exit 4'""",
+    r"""exec 3>&1; printf '<%s>' redirected >&3""",
+    r"""command printf '<%s>' command""",
+    r""". ./snippet.sh; printf '<%s>' "$SNIPPET" """,
+    r"""umask 027; umask; ulimit -n 64; ulimit -n""",
+    r"""[ "$PORT" -gt 1 ] && printf '<%s>' bracket""",
+    r"""type cd >/dev/null && printf '<%s>' builtin""",
+    r"""test -t 0 || printf '<%s>' 'no terminal'""",
+    r"""echo builtin echo""",
+    r"""pwd -P >/dev/null && printf '<%s>' pwd""",
+    r"""env -i A='x y' sh -c 'printf "<%s>" "$A"'""",
+    r"""nice -n 1 printf '<%s>' nice""",
+    r"""sh -c 'sh -c "printf \"<%s>\" \"\$0\" \"\$PS\"" "q q"'""",
+    r"""python3.nosuch 2>/dev/null || printf '<%s>' "$?" """,
+]
+
+VALUES = [
+    b"", b" ", b"plain", b"two  words", b" leading", b"trailing ", b"\t", b"tab\tin",
+    b"trailing tab\t", b"it's", b'say "hi"', b"'", b'"', b"'quoted'", b'"quoted"', b"''", b"`id`",
+    b"\\", b"a\\", b"a\\\\", b"a\\ b", b" \\x", b"\\'", b'\\"', b"C:\\dir\\new", b"\\n",
+    b"\\0101", b"$", b"$HOME", b"${HOME}", b"$(id)", b"$$", b"\\$x", b"%", b"%%", b"%h",
+    b"%(ENV_HOME)s", b"100%", b"#", b"# x", b"a#b", b"a #b", b";", b"a ;b", b"a;b", b"=",
+    b"a=b=c", b"=x", b",", b'a,B="c"', b"a:b", b"!", b"a!b", b"*", b"~", b"&", b"a|b<c>d",
+    b"<a>&lt;]]>", b"{[()]}", b"line1\nline2", b"\n", b"\nx", b"x\n", b"x \n y\t\n", b"a\n\nb",
+    b"x\nend script\ny", b"x\n\tend  script # c\ny", b"x\n  indented\n", b"x\n[section]\nK=v\n",
+    b"a\\\nb", b"-----BEGIN KEY-----\nMIIB+/==\n-----END KEY-----\n", b"cr\rlf\r\n", b"\x01\x02",
+    b"\x1b[0m", b"\x7f", "é日本😀".encode(), "$é".encode(), b"nel\xc2\x85", b"ls\xe2\x80\xa8",
+    b"\xef\xbb\xbfbom", b"\xff\xfe", b"caf\xe9", b'{"a": ["b", 1]}',
+    b"postgres://u:p%40ss@h/db?x=1&y=%20#f", b"x" * 3000,
+]
+
+
+def randomly(number, seed):
+    """So many random bytes values, full of what is awkward."""
+    choose = random.Random(seed)
+    alphabet = [bytes([byte]) for byte in b"\\\\\\'\"$%#;=, \t\n`(){}!&ax0n"] + [
+        "é".encode(), b"\xff", b"\r", b"\x1b", b"$(", b"%(", b"end script", b" #", b" ;", b"\\\n"]
+    return [b"".join(choose.choice(alphabet) for _ in range(choose.randrange(12)))
+            for _ in range(number)]
+
+
+def env_line(name, value):
+    """A line of a .env file for any value."""
+    return b'%s="%s"\n' % (name, re.sub(rb'([\\"])', rb"\\\1", value))
+
+
+def is_unicode(value):
+    try:
+        return value.decode() is not None
+    except UnicodeDecodeError:
+        return False
+
+
+def awkward_commands(format):
+    """Commands for the Procfile, the variables that they use, and some others."""
+    words = [each.replace(b"\n", b"").replace(b"'", b"'\\''") for each in randomly(300, "words")]
+    variables = dict(PROGRAM=b"printf", SPACED=b"a  b", QUOTED=b"'a' \"b\\\"", LINES=b"a\n b\n",
+                     PATH=b"/nowhere:" + BASE[b"PATH"])
+    return list(map(os.fsencode, AWKWARD)) + [b"printf '<%s>' '" + b"' '".join(words) + b"'"], {
+        name.encode(): value for name, value in variables.items()}
+
+
+def awkward_values(format):
+    """Commands that show their variables, and these."""
+    values = [each for each in VALUES + randomly(150, "values")
+              if format != "kubernetes" or is_unicode(each)]    # its text is Unicode, or refused
+    all = b" ".join(b'"$V%d"' % number for number in range(len(values)))
+    return [b"""env sh -c 'printf "{%s}\n" """.replace(b"\n", b"\\n") + all + b"'",
+            rb"""printf '{%s}\n' """ + all + b"; echo ${V0-unset}"], {
+        b"V%d" % number: value for number, value in enumerate(values)}
+
+
+def awkward_app(folder, commands, variables):
+    """Write the Procfile, the .env and what the commands look for; return what start would run."""
+    folder.joinpath("sub").mkdir(parents=True)
+    folder.joinpath("sub", "in sub").touch()
+    folder.joinpath("some.txt").touch()
+    folder.joinpath("lines.txt").write_text("one\n two\\n\n")
+    folder.joinpath("snippet.sh").write_text("SNIPPET='a  b'\n")
+    folder.joinpath("my prog.sh").write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
+    folder.joinpath("my prog.sh").chmod(0o755)
+    procfile(folder, b"".join(b"c%d: %s\n" % item for item in enumerate(commands, 1)),
+             b"PORT=6000\nPS=nobody\n" + b"".join(map(env_line, *zip(*variables.items()))))
+    return [command.replace(b"\\\n", b"") for command in commands]
+
+
+def outcome(argv, environment, folder):
+    """What a command writes, and its exit status as a shell would have it."""
+    result = subprocess.run(argv, env=environment, cwd=folder, timeout=30, stdout=subprocess.PIPE,
+                            stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    return result.stdout, result.returncode % 256 if result.returncode >= 0 else \
+        128 - result.returncode
+
+
+@functools.lru_cache(maxsize=None)
+def expected(command, folder, variables):
+    """The outcome under start."""
+    return outcome([b"/bin/sh", b"-c", command], dict(variables), folder)
+
+
+def check_awkward(folder, commands, variables, names, actual):
+    """Compare each command's outcome, actual(number), with what start would have."""
+    wrong = {}
+    for number, (command, name) in enumerate(zip(commands, names)):
+        own = {b"PYTHONUNBUFFERED": b"1", b"PORT": b"%d" % (6000 + 100 * number), b"PS": name}
+        right = expected(command, str(folder), tuple({**BASE, **variables, **own}.items()))
+        assert right[0], command
+        seen = actual(number, right)
+        if seen != right:
+            wrong[command[:300]] = seen, right
+    assert not wrong
+
+
+@pytest.mark.parametrize("awkward", [awkward_commands, awkward_values])
+@models
+def test_what_a_manager_would_run_is_what_start_would_run(tmp_path, format, awkward):
+    folder, location = tmp_path / "it's 100% my äpp", tmp_path / "out"
+    commands, variables = awkward(format)
+    commands = awkward_app(folder, commands, variables)
+    export(folder, format, location)
+    runs = MODELS[format](location)
+    names = ["c%d-1" % number for number in range(1, len(commands) + 1)]
+    assert sorted(runs) == sorted(names)
+    assert not any(b"BEGIN KEY" in word for argv, _, _ in runs.values() for word in argv)
+
+    def actual(number, right):
+        argv, environment, place = runs[names[number]]
+        return outcome(argv, environment, place or str(folder))
+    titles = [name.replace("-", ".").encode() for name in names]
+    if format == "kubernetes":
+        titles = [runs[name][1][b"PS"] for name in names]
+    check_awkward(folder, commands, variables, titles, actual)
+
+
+@real
+def test_what_a_real_manager_runs_is_what_start_would_run(tmp_path, format):
+    location, logs, apps = tmp_path / "out", tmp_path / "my logs", {}
+    for name, awkward in ("values", awkward_values), ("commands", awkward_commands):
+        commands, variables = awkward(format)
+        commands = commands[::7] if name == "commands" else commands
+        folder = tmp_path / ("it's 100% " + name)
+        commands = awkward_app(folder, commands, variables)
+        (logs / name).mkdir(parents=True)
+        export(folder, format, location, "-l", logs / name, "-t", 1, app=name)
+        apps[name] = folder, commands, variables
+
+    def check(name, folder, commands, variables):
+        def actual(number, right):
+            """The log has it over and over, as each command is run anew when it has ended."""
+            log = logs / name / ("c%d-1.log" % (number + 1))
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: log.exists() and log.stat().st_size >= len(right[0]), 20)
+            with open(str(log), "rb") as file:
+                return file.read(len(right[0])), right[1]
+        check_awkward(folder, commands, variables,
+                      [b"c%d.1" % number for number in range(1, len(commands) + 1)], actual)
+    with MANAGERS[format](location):
+        for name, app in apps.items():
+            check(name, *app)
+
+
+@needs("systemd-analyze")
+@pytest.mark.parametrize("options", [(), ("-l", "/var/log/my logs 100%")])
+def test_systemd_has_nothing_to_say(tmp_path, options):
+    folder = tmp_path / "it's 100% my äpp"
+    awkward_app(folder, *awkward_commands("systemd"))
+    export(folder, "systemd", tmp_path / "out", *options)
+    units = sorted(map(str, (tmp_path / "out").glob("*.target")))
+    result = subprocess.run(["systemd-analyze", "verify", *units], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, timeout=30)
+    assert (result.returncode, result.stdout) == (0, b"")
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"caf\xe9"])
+def test_kubernetes_refuses_what_is_not_unicode(tmp_path, value):
+    procfile(tmp_path, "web: true", env_line(b"NAME", value))
+    assert b"NAME" in export(tmp_path, "kubernetes", tmp_path / "out", status=1)
+    assert not (tmp_path / "out").exists()
+
+
+# Stop means stop ---------------------------------------------------------------------------------
+
+SERVER = r"""
+import os, select, signal, socket, sys
+def note(text):
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes"), "a") as file:
+        file.write("%s %s\n" % (sys.argv[1], text))
+def stop(number, frame):
+    note("TERM")
+    select.select((), (), (), 0.3)
+    note("done")
+    os._exit(0)
+signal.signal(signal.SIGTERM, stop)
+server = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
+while True:
+    client, address = server.accept()
+    client.sendall(b"%s %d" % (os.environ["PS"].encode(), os.getpid()))
+    client.close()
+"""
+STOPPED = """
+web: PYTHON app.py web
+cd: cd sub && PYTHON ../app.py cd
+assign: A=1 PYTHON app.py assign; touch ran
+pipe: PYTHON app.py pipe | cat
+paren: (PYTHON app.py paren) && touch ran
+behind: PYTHON app.py behind & wait; touch ran
+exec: exec PYTHON app.py exec
+""".replace("PYTHON", sys.executable + " -S")
+
+
+def free_base():
+    """A base port whose neighbours, too, are free."""
+    for base in random.sample(range(20000, 30000), 100):
+        with contextlib.suppress(OSError):
+            for port in (base, base + 1, *range(base + 100, base + 1000, 100)):
+                socket.create_server(("127.0.0.1", port)).close()
+            return base
+    raise AssertionError("no free ports")
+
+
+def name_on(port):
+    """The name and process id that name_on on a port, or None."""
+    with contextlib.suppress(OSError, ValueError):
+        with socket.create_connection(("127.0.0.1", port), 5) as client:
+            name, pid = client.makefile("rb").read().split()
+            return name.decode(), int(pid)
+
+
+def stopping_app(folder, more=""):
+    """Write the app that is to be stopped; return a tag of its processes and its base port."""
+    tag = "APP_TEST=" + uuid.uuid4().hex
+    folder.joinpath("sub").mkdir(parents=True)
+    folder.joinpath("app.py").write_text(SERVER)
+    procfile(folder, STOPPED + more, tag)
+    return tag, free_base()
+
+
+def check_stopped(folder, names):
+    """Each got its SIGTERM and was waited for, and the commands behind it did not run."""
+    notes = folder.joinpath("notes").read_text().splitlines()
+    for name in names:
+        assert [line for line in notes if line.split()[0] == name] == [
+            name + " TERM", name + " done"]
+    assert not folder.joinpath("ran").exists()
+
+
+@real
+@needs_linux
+def test_app_answers_is_restarted_and_stops_completely(tmp_path, format):
+    folder, location = tmp_path / "my app", tmp_path / "out"
+    tag, base = stopping_app(folder, "stubborn: trap '' TERM; touch up; sleep 1000; sleep 1000\n")
+    export(folder, format, location, "-c", "web=2", "-p", base, "-t", "1")
+    ports = {"web.1": base, "web.2": base + 1, "cd.1": base + 100, "assign.1": base + 200,
+             "pipe.1": base + 300, "paren.1": base + 400, "behind.1": base + 500,
+             "exec.1": base + 600}
+    try:
+        with MANAGERS[format](location) as control:
+            pids = {name: eventually(lambda: name_on(port), 20) for name, port in ports.items()}
+            assert [name for name, _ in pids.values()] == list(ports)
+            for name in "web.1", "cd.1", "pipe.1":
+                os.kill(pids[name][1], signal.SIGKILL)
+            for name in "web.1", "cd.1", "pipe.1":
+                eventually(lambda: (name_on(ports[name]) or pids[name]) != pids[name])
+            eventually((folder / "up").exists)
+            control("stop", *["myapp:*"] * (format == "supervisord"))
+            eventually(lambda: not leftovers(tag))
+            assert not any(map(name_on, ports.values()))
+            notes = folder.joinpath("notes").read_text()
+            assert notes.count("web TERM") == notes.count("web done") == 2
+            check_stopped(folder, ["cd", "assign", "pipe", "paren", "behind", "exec"])
+            assert not leftovers(tag)
+    finally:
+        for pid, _ in leftovers(tag):
+            os.kill(pid, signal.SIGKILL)
+
+
+@needs_linux
+@pytest.mark.parametrize("format, to_all", [("upstart", True), ("systemd", False),
+                                            ("launchd", False)])
+def test_sigterm_reaches_the_app_and_it_is_waited_for(tmp_path, format, to_all):
+    folder, location = tmp_path / "my app", tmp_path / "out"
+    tag, base = stopping_app(folder)
+    export(folder, format, location, "-p", base)
+    leaders = {}
+    try:
+        for name, (argv, environment, place) in MODELS[format](location).items():
+            leaders[name[:-2]] = subprocess.Popen(argv, env=environment, cwd=place,
+                                                  stdin=subprocess.DEVNULL, start_new_session=True)
+        for place in range(len(leaders)):
+            eventually(lambda: name_on(base + 100 * place), 20)
+        for leader in leaders.values():
+            (os.killpg if to_all else os.kill)(leader.pid, signal.SIGTERM)
+        for name, leader in leaders.items():
+            assert leader.wait(10) % 256 in (0, 143)
+            assert (name + " done\n") in folder.joinpath("notes").read_text()
+        check_stopped(folder, leaders)
+        eventually(lambda: not leftovers(tag))
+    finally:
+        for pid, _ in leftovers(tag):
+            os.kill(pid, signal.SIGKILL)
+        for leader in leaders.values():
+            leader.wait()
+
+
+@as_root
+@needs("unshare", "nsenter")
+def test_kubernetes_stops_process_1_and_the_app_below_it(tmp_path):
+    folder, location = tmp_path / "my app", tmp_path / "out"
+    tag, base = stopping_app(folder)
+    export(folder, "kubernetes", location, "-p", base, "-t", "7")
+    items, pods, leaders = kubernetes_items(location), {}, {}
+    if subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"]).returncode:
+        pytest.skip("cannot make a PID namespace here")
+    try:
+        for name, (argv, environment, _) in run_by_kubernetes(location).items():
+            pods[name[:-2]] = subprocess.Popen(
+                ["unshare", "--pid", "--fork", "--mount-proc", *argv], env=environment,
+                cwd=str(folder), stdin=subprocess.DEVNULL, start_new_session=True)
+        for place in range(len(pods)):
+            eventually(lambda: name_on(base + 100 * place), 20)
+        for name, pod in pods.items():
+            with open("/proc/%d/task/%d/children" % (pod.pid, pod.pid)) as file:
+                leaders[name] = int(file.read())
+            spec = items["Deployment", "myapp-" + name]["spec"]["template"]["spec"]
+            assert spec["terminationGracePeriodSeconds"] == 7
+            hook = spec["containers"][0].get("lifecycle", {}).get("preStop")
+            if hook:
+                subprocess.run(["nsenter", "-t", str(leaders[name]), "-p", "-m",
+                                *hook["exec"]["command"]], timeout=7, check=False)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leaders[name], signal.SIGTERM)
+        for name, pod in pods.items():
+            pod.wait(10)
+        check_stopped(folder, pods)
+        eventually(lambda: not leftovers(tag))
+    finally:
+        for pid, _ in leftovers(tag):
+            os.kill(pid, signal.SIGKILL)
+        for pod in pods.values():
+            pod.wait()
+
+
+# Files: whose they are, and how they come about --------------------------------------------------
+
+LOST = {"upstart": 1, "systemd": 1, "launchd": 1, "supervisord": 0, "runit": 1, "kubernetes": 0}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_no_longer_part_of_the_app_is_removed(tmp_path, format):
+    location, fresh = tmp_path / "out", tmp_path / "fresh"
+    procfile(tmp_path, "web: a\nweb-api: b\nold: c\n", "SECRET=s3cr3t\n")
+    first = export(tmp_path, format, location, "-c", "web=3,old=2")
+    before = tree(location)
+    assert b"removing:" not in first
+    assert first.count(b"[procrun export] writing: %s/" % os.fsencode(location)) == len(
+        files(location))
+    procfile(tmp_path, "web: a\nweb-api: b\n")
+    said = export(tmp_path, format, location)
+    export(tmp_path, format, fresh)
+    assert set(tree(location)) == set(tree(fresh))    # no empty directories either
+    gone = set(files(location)) ^ {path for path, (_, data) in before.items() if data is not None}
+    assert sorted(re.findall(rb"^\[procrun export\] removing: (.*)$", said, re.M)) == sorted(
+        os.fsencode(location / path) for path in gone)
+    assert bool(gone) == bool(LOST[format])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_other_files_are_left_alone(tmp_path, format):
+    ours, theirs, location = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
+    ours.mkdir(), theirs.mkdir(), location.mkdir()
+    procfile(theirs, "web: a\nextra: b\nx: c\n")
+    for app in "myapp2", "my", "myapp-web-api":
+        export(theirs, format, location, app=app)
+    for name in ("myapp-extra.conf", "myapp-web-9.conf", "myapp-old.target", "myapp-web-7.service",
+                 "myapp-web-9.plist", "myapp-web-8/run", "myapp-web-8/env/PORT", "myapp3.conf"):
+        path = location / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text("# Made by hand for the app myapp.\n")
+    before = tree(location)
+    procfile(ours, "web: a\n")
+    export(ours, format, location, "-c", "web=2")
+    export(ours, format, location)
+    after = tree(location)
+    assert {path: after.get(path) for path in before} == before
+    export(theirs, format, location, app="my")
+    assert tree(location) == after
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_without_the_mark_is_overwritten_only_by_force(tmp_path, format):
+    location, fresh = tmp_path / "out", tmp_path / "fresh"
+    procfile(tmp_path, "web: a\nworker: b\n", "SECRET=s3cr3t\n")
+    export(tmp_path, format, location, "-c", "web=2")
+    right = tree(location)
+    for path in sorted(files(location))[::3]:
+        shutil.rmtree(str(location))
+        location.joinpath(path).parent.mkdir(parents=True)
+        location.joinpath(path).write_text("made by hand\n")
+        before = tree(location)
+        assert os.fsencode(path) in export(tmp_path, format, location, "-c", "web=2", status=1)
+        assert tree(location) == before
+    export(tmp_path, format, location, "-c", "web=2", "--force")
+    assert tree(location) == right
+    procfile(tmp_path, "web: changed\nworker: b\n", "SECRET=other\n")
+    export(tmp_path, format, location, "-c", "web=2")    # marked: no force needed
+    export(tmp_path, format, fresh, "-c", "web=2")
+    assert set(tree(location)) == set(tree(fresh)) and tree(location) != right
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_mark_counts_only_in_the_first_comment(tmp_path, format):
+    location, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    mark = "%s Made by procrun export %s for the app myapp. Again: cd x"
+    procfile(other, "web: a\n", "LINES='\n%s\n'\n" % "\n".join(
+        mark % (start, format) for start in ("#", ";", "<!--")))
+    export(other, format, location, app="theirs")
+    location.joinpath("notes.txt").write_text("My notes:\n\n\n\n" + mark % ("#", format) + "\n")
+    before = tree(location)
+    export(procfile(tmp_path, "web: a\n"), format, location)
+    after = tree(location)
+    assert {path: after.get(path) for path in before} == before
+
+
+@pytest.mark.parametrize("format", ["upstart", "systemd"])
+def test_a_file_of_another_app_is_not_overwritten(tmp_path, format):
+    location = tmp_path / "out"
+    procfile(tmp_path, "web: a\n")
+    export(tmp_path, format, location, app="myapp-web")
+    before = tree(location)
+    assert b"myapp-web" in export(tmp_path, format, location, status=1)
+    assert tree(location) == before
+
+
+@pytest.mark.parametrize("format", ["upstart", "systemd", "runit"])
+def test_names_that_collide_are_refused(tmp_path, format):
+    procfile(tmp_path, "foo: a\nfoo-1: b\n")
+    said = export(tmp_path, format, tmp_path / "out", status=1)
+    assert b"foo.1" in said and b"foo-1" in said and not (tmp_path / "out").exists()
+    procfile(tmp_path, "foo: a\nfoo-2: b\n")
+    export(tmp_path, format, tmp_path / "out")
+    before = tree(tmp_path / "out")
+    export(tmp_path, format, tmp_path / "out", "-c", "foo=2", status=1)
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_values_are_for_the_owner_alone(tmp_path, format):
+    procfile(tmp_path, "web: a\nworker: b; c\n",
+             'SECRET="s3cr3t\'"\nPLAIN=pl41n\nQUOTED="5p4ced \n5ecr3t "')
+    said = export(tmp_path, format, tmp_path / "out", prepare=lambda: os.umask(0))
+    assert not re.search(rb"s3cr3t|pl41n|5p4ced|5ecr3t", said)
+    modes = {path: mode for path, (mode, data) in tree(tmp_path / "out").items()
+             if data is not None}
+    for path, data in files(tmp_path / "out").items():
+        if re.search(rb"s3cr3t|pl41n|5p4ced|5ecr3t", data):
+            assert modes[path] == 0o600, path
+        else:
+            assert modes[path] in (0o600, 0o644, 0o755), path
+    assert 0o600 in modes.values()
+    if format in ("upstart", "systemd", "runit"):
+        assert modes[{"runit": "myapp-web-1/run", "upstart": "myapp.conf",
+                      "systemd": "myapp-web-1.service"}[format]] == (
+            0o755 if format == "runit" else 0o644)
+    assert not [path for path, (mode, _) in tree(tmp_path / "out").items() if mode & 0o022]
+    export(tmp_path, format, tmp_path / "out", prepare=lambda: os.umask(0o777))
+    assert modes == {path: mode for path, (mode, data) in tree(tmp_path / "out").items()
+                     if data is not None}
+
+
+@needs("strace")
+@pytest.mark.parametrize("format", ["systemd", "supervisord", "runit"])
+def test_no_file_is_ever_open_to_others(tmp_path, format):
+    procfile(tmp_path, "web: a\n", "SECRET=s3cr3t\n")
+    log = tmp_path / "log"
+    traced = subprocess.run(
+        ["strace", "-o", str(log), "-e", "trace=open,openat,creat,chmod,fchmod,fchmodat,mkdir,"
+         "write,fsync,rename,renameat,renameat2,link,linkat", sys.executable, PROCRUN, "export",
+         format, "out", "-u", "root", "-a", "myapp", "--image", "i"],
+        cwd=str(tmp_path), stdout=subprocess.DEVNULL, preexec_fn=lambda: os.umask(0))
+    if traced.returncode:
+        pytest.skip("strace cannot trace here")
+    lines = log.read_text().splitlines()
+    made = [line for line in lines if "O_CREAT" in line and str(tmp_path) + "/out" in line]
+    assert made and all(re.search(r"O_EXCL.*, 0(600|[0-7]00)\)", line) for line in made
+                        if "SECRET" in line or format in ("launchd", "supervisord", "kubernetes"))
+    secret = {line.split()[-1] for line in lines if line.startswith("open") and "0600) = " in line}
+    assert secret and not [line for line in lines if "s3cr3t" in line and line.startswith("write(")
+                           and line[6:].split(",")[0] not in secret]
+    assert sum(line.startswith("fsync") for line in lines) >= len(files(tmp_path / "out"))
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+
+@pytest.mark.parametrize("format", SOME)
+def test_a_full_disk_changes_nothing(tmp_path, format):
+    location = tmp_path / "out"
+    procfile(tmp_path, "web: a\nworker: b\n", "SMALL=1\n")
+    export(tmp_path, format, location, "-c", "web=3")
+    before = tree(location)
+    procfile(tmp_path, "web: changed\nother: b\n", "SMALL=2\nZ=%s\n" % ("x" * 30000))
+    said = export(tmp_path, format, location, status=1, prepare=limit_files)
+    assert b"too large" in said.lower()
+    assert tree(location) == before
+    export(tmp_path, format, tmp_path / "new" / "er", status=1, prepare=limit_files)
+    assert not (tmp_path / "new").exists() or not files(tmp_path / "new")
+    export(tmp_path, format, location)
+    assert tree(location) != before
+
+
+@as_root
+@needs_linux
+@needs("mount", "umount")
+@pytest.mark.parametrize("options, problem", [("size=16k", b"No space"), ("ro", b"Read-only")])
+def test_a_full_or_read_only_file_system(tmp_path, options, problem):
+    location = tmp_path / "out"
+    location.mkdir()
+    procfile(tmp_path, "web: a\n" + "".join("w%d: b\n" % number for number in range(9)))
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "procrun", str(location)],
+                      stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        if options != "ro":
+            export(tmp_path, "upstart", location, "-m", "web=1")
+        before = tree(location)
+        assert problem in export(tmp_path, "upstart", location, "-m", "all=1", status=1)
+        assert tree(location) == before
+    finally:
+        subprocess.run(["umount", str(location)], check=True)
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    tmp_path.joinpath("file").write_text("text")
+    for location, problem in (("file", b"file"), ("file/below", b"file"),
+                              ("/dev/null", b"/dev/null"), ("/proc/nowhere/x", b"")):
+        assert problem in export(tmp_path, "upstart", location, status=1)
+    assert tmp_path.joinpath("file").read_text() == "text"
+    tmp_path.joinpath("closed").mkdir(mode=0o500)
+    if os.geteuid():
+        export(tmp_path, "upstart", "closed", status=1)
+        assert not files(tmp_path / "closed")
+
+
+@pytest.mark.parametrize("format", SOME)
+def test_a_directory_where_a_file_should_be(tmp_path, format):
+    location = tmp_path / "out"
+    procfile(tmp_path, "web: a\nworker: b\n")
+    export(tmp_path, format, location)
+    path = location / sorted(files(location))[-1]
+    path.unlink()
+    path.joinpath("keep").mkdir(parents=True)
+    before = tree(location)
+    for options in ((), ("--force",)):
+        export(tmp_path, format, location, "-c", "web=2", *options, status=1)
+        assert tree(location) == before
+
+
+@pytest.mark.parametrize("format, there", zip(FORMATS, [True, False] * 3))
+def test_a_symlink_in_the_way_is_not_followed(tmp_path, format, there):
+    location, target = tmp_path / "out", tmp_path / "target"
+    procfile(tmp_path, "web: a\n")
+    export(tmp_path, format, location)
+    path = location / sorted(files(location))[0]
+    path.unlink()
+    path.symlink_to(target)
+    if there:
+        target.write_text("precious\n")
+    before = tree(location)
+    export(tmp_path, format, location, status=1)
+    assert tree(location) == before
+    export(tmp_path, format, location, "--force")
+    assert not path.is_symlink() and target.exists() == there
+    assert not there or target.read_text() == "precious\n"
+
+
+def test_a_symlink_for_a_service_directory_is_not_followed(tmp_path):
+    location, target = tmp_path / "out", tmp_path / "target"
+    procfile(tmp_path, "web: a\n")
+    location.mkdir(), target.mkdir()
+    target.joinpath("run").write_text("precious\n")
+    location.joinpath("myapp-web-1").symlink_to(target)
+    export(tmp_path, "runit", location, status=1)
+    assert tree(target) == {"run": (0o644, b"precious\n")}
+
+
+@pytest.mark.parametrize("format", SOME)
+def test_location_may_be_a_symlink_and_is_made_if_missing(tmp_path, format):
+    procfile(tmp_path, "web: a\n")
+    tmp_path.joinpath("real").mkdir()
+    tmp_path.joinpath("link").symlink_to("real")
+    export(tmp_path, format, "link/new/deep")
+    assert files(tmp_path / "real" / "new" / "deep")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dry_run_writes_nothing_and_masks_values(tmp_path, format):
+    procfile(tmp_path, "web: run me\n", "SECRET=s3cr3t\nOTHER='0th3r\n'\n")
+    said = export(tmp_path, format, "out", "--dry-run")
+    assert not (tmp_path / "out").exists()
+    export(tmp_path, format, "out")
+    for path in files(tmp_path / "out"):
+        assert os.fsencode(tmp_path / "out" / path) in said
+    assert b"run me" in said and b"SECRET" in said
+    assert b"s3cr3t" not in said and b"0th3r" not in said
+    before = tree(tmp_path / "out")
+    procfile(tmp_path, "worker: b\n")
+    export(tmp_path, format, "out", "--dry-run")
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_same_input_same_bytes_and_each_file_says_how_to_make_it(tmp_path, format):
+    procfile(tmp_path, "web: a\nworker: b\n", "B=1\nA=2\n")
+    said = export(tmp_path, format, "out", "-c", "web=2")
+    before, times = tree(tmp_path / "out"), files(tmp_path / "out")
+    assert export(tmp_path, format, "out", "-c", "web=2") == said
+    assert tree(tmp_path / "out") == before
+    assert re.match(rb"\[procrun export\] .*(start|launchctl|kubectl|supervisorctl|ln|sv) ",
+                    said.splitlines()[-1])
+    for path, data in times.items():
+        mark = re.search(rb"Made by procrun export \w+ for the app myapp\. .*", data)
+        assert mark and format.encode() in mark[0], path
+        assert b"cd %s && " % os.fsencode(tmp_path) in mark[0] and b"web=2" in mark[0]
+
+
+# What it refuses, and what it says ---------------------------------------------------------------
+
+@pytest.mark.parametrize("format, options, said", [
+    (format, *case) for format, case in zip(itertools.cycle(FORMATS), [
+    (("-a", "my app"), b"my app"), (("-a", "../app"), b"../app"), (("-a", "a/b"), b"a/b"),
+    (("-a", "a\nb"), b"app"), (("-a", "é"), b"app"), (("-a", "-x"), b""), (("-a", "%h"), b"%h"),
+    (("-a", "."), b"app"), (("-a", ""), b""), (("-u", "a b"), b"a b"), (("-u", "a:b"), b"a:b"),
+    (("-u", "$(id)"), b"$(id)"), (("-u", "a\nUser=root"), b"user"), (("-u", "-x"), b""),
+    (("-c", "nosuch=2"), b"nosuch"), (("-p", "65535", "-c", "web=2"), b"65535")])])
+def test_what_cannot_be_carried_is_refused(tmp_path, format, options, said):
+    procfile(tmp_path, "web: a\n")
+    if format == "kubernetes" and "-u" in options:
+        format = "launchd"    # there is no user in the other
+    told = export(tmp_path, format, "out", *options, status="refused")
+    lines = [line for line in told.splitlines() if b"warning" not in line]
+    assert len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format, text", zip(FORMATS * 2, [
+    b"A=1\n1X=2\n", b"A='\0'\n", b"A=x\0y\n"] * 4))
+def test_variables_that_cannot_be_carried_are_refused(tmp_path, format, text):
+    export(procfile(tmp_path, "web: a\n", text), format, "out", status=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kubernetes_needs_an_image(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    result = subprocess.run([sys.executable, PROCRUN, "export", "kubernetes", "out", "-a", "app"],
+                            cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode in (1, 2) and b"--image" in result.stdout
+
+
+@pytest.mark.parametrize("format", ["upstart", "systemd", "runit"])
+def test_unknown_users_are_warned_of(tmp_path, format):
+    procfile(tmp_path, "web: a\n")
+    said = export(tmp_path, format, "out", "-u", "nosuchuser")
+    assert re.search(rb"warning.*nosuchuser", said) and files(tmp_path / "out")
+    assert b"warning" not in export(tmp_path, format, "out")
+
+
+def test_user_units_and_the_user(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    said = export(tmp_path, "systemd", "out", "-u", "nosuchuser", "--user-units")
+    units = files(tmp_path / "out")
+    assert not any(b"User=" in data for data in units.values())
+    assert b"WantedBy=default.target" in units["myapp.target"]
+    assert b"systemctl --user" in said and b"linger" in said
+
+
+@pytest.mark.parametrize("format", SOME)
+def test_the_apps_name_is_the_folders(tmp_path, format):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    procfile(folder, "web: a\n")
+    export(folder, format, tmp_path / "out", app="")
+    assert all(path.startswith("shop") for path in files(tmp_path / "out"))
+    if format not in ("runit", "kubernetes", "supervisord"):
+        assert any("shop-web-1" in path for path in files(tmp_path / "out"))
+    export(tmp_path, format, tmp_path / "again", "-d", folder, "-f", folder / "Procfile", app="")
+    assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "again"))
+
+
+def test_kubernetes_objects(tmp_path):
+    procfile(tmp_path, "web: a\nworker: b\nclock: c\n", "SECRET=s3cr3t\nPORT=4000\n")
+    export(tmp_path, "kubernetes", "out", "-c", "web=3,clock=0", "-t", "2.5")
+    items = kubernetes_items(tmp_path / "out")
+    assert [kind for kind, _ in items].count("Deployment") == 3
+    replicas = {name: item["spec"]["replicas"] for (kind, name), item in items.items()
+                if kind == "Deployment"}
+    assert replicas == {"myapp-web": 3, "myapp-worker": 1, "myapp-clock": 0}
+    for (kind, name), item in items.items():
+        assert item["apiVersion"] == ("apps/v1" if kind == "Deployment" else "v1")
+        assert item["metadata"]["labels"]["app.kubernetes.io/name"] == "myapp"
+        if kind == "Deployment":
+            pod = item["spec"]["template"]
+            selector = item["spec"]["selector"]["matchLabels"]
+            assert selector.items() <= pod["metadata"]["labels"].items()
+            assert pod["spec"]["terminationGracePeriodSeconds"] == 3
+            assert pod["spec"]["containers"][0]["image"] == "example/app:1"
+            assert b"s3cr3t" not in json.dumps(item).encode()
+    (service,) = [item for (kind, _), item in items.items() if kind == "Service"]
+    web = items["Deployment", "myapp-web"]["spec"]["template"]
+    assert service["spec"]["selector"].items() <= web["metadata"]["labels"].items()
+    assert service["spec"]["ports"][0]["targetPort"] == 4000
+    (secret,) = [item for (kind, _), item in items.items() if kind == "Secret"]
+    assert secret["stringData"]["SECRET"] == "s3cr3t"
+
+
+def test_upstart_levels(tmp_path):
+    procfile(tmp_path, "web: a\nworker: b\n")
+    export(tmp_path, "upstart", "out", "-c", "web=2", "-t", "7")
+    jobs = {path: upstart_job(data.decode()) for path, data in files(tmp_path / "out").items()}
+    assert sorted(jobs) == ["myapp-web-1.conf", "myapp-web-2.conf", "myapp-web.conf",
+                            "myapp-worker-1.conf", "myapp-worker.conf", "myapp.conf"]
+    assert jobs["myapp.conf"] == {"start on": ["runlevel", "[2345]"],
+                                  "stop on": ["runlevel", "[!2345]"]}
+    assert jobs["myapp-web.conf"] == {"start on": ["starting", "myapp"],
+                                      "stop on": ["stopping", "myapp"]}
+    job = jobs["myapp-web-2.conf"]
+    assert job["start on"] == ["starting", "myapp-web"]
+    assert job["stop on"] == ["stopping", "myapp-web"]
+    assert job["kill timeout"] == ["7"] and job["chdir"] == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("format, setting", [
+    ("upstart", rb"(?m)^kill timeout 3$"), ("systemd", rb"(?m)^TimeoutStopSec=3s?$"),
+    ("launchd", rb"<key>ExitTimeOut</key>\s*<integer>3</integer>"),
+    ("supervisord", rb"(?m)^stopwaitsecs=3$"),
+    ("kubernetes", rb'"terminationGracePeriodSeconds": 3\b')])
+def test_grace_is_in_whole_seconds_and_never_none(tmp_path, format, setting):
+    procfile(tmp_path, "web: a; b\n")
+    export(tmp_path, format, "out", "-t", "2.1")
+    assert re.search(setting, b"".join(files(tmp_path / "out").values()))
+    export(tmp_path, format, "out", "-t", "0")
+    assert re.search(setting.replace(b"3", b"1"), b"".join(files(tmp_path / "out").values()))
+
+
+def test_log_files(tmp_path):
+    logs = tmp_path / "it's 100% logs"
+    logs.mkdir()
+    procfile(tmp_path, "web: echo out; echo err >&2\n")
+    for format in "upstart", "systemd", "launchd":
+        export(tmp_path, format, tmp_path / format, "-l", logs)
+    argv, environment, place = run_by_upstart(tmp_path / "upstart")["web-1"]
+    assert outcome(argv, environment, place) == (b"", 0)
+    assert logs.joinpath("web-1.log").read_text() == "out\nerr\n"
+    unit = systemd_unit(files(tmp_path / "systemd")["myapp-web-1.service"])
+    path = os.fsencode(logs / "web-1.log")
+    assert list(map(systemd_specifiers, unit["StandardOutput"])) == [b"append:" + path]
+    assert unit["StandardError"] in ([b"inherit"], unit["StandardOutput"])
+    (plist,) = map(plistlib.loads, files(tmp_path / "launchd").values())
+    assert plist["StandardOutPath"] == plist["StandardErrorPath"] == str(logs / "web-1.log")
+
+
+# Output ------------------------------------------------------------------------------------------
+
+def test_output_format(tmp_path):
+    app = procfile(tmp_path, "web: echo hello; echo oops >&2; exec cat\na-long-name: true\n")
+    before = time.time()
+    with Run(app, "start", "web", env={"TZ": "XYZ-5:30"}) as run:
+        run.expect(rb"oops$")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+    clock = [time.strftime("%H:%M:%S ", time.gmtime(now + 5.5 * 3600)).encode()
+             for now in range(int(before), int(time.time()) + 1)]
+    lines = run.output.splitlines(True)
+    pid = re.search(rb"pid (\d+)", run.output)[1]
+    assert {line[:9] for line in lines} <= set(clock)
+    assert [line[9:] for line in lines] == [
+        b"web.1  | started with pid %s, PORT=5000\n" % pid,
+        b"web.1  | hello\n", b"web.1  | oops\n",
+        b"system | SIGINT received, shutting down\n",
+        b"system | sending SIGTERM to all processes\n",
+        b"web.1  | terminated by SIGTERM\n"]
+
+
+@pytest.mark.parametrize("args, prefix", [
+    ("", b"TIME NAME | "), ("--no-timestamp", b"NAME | "), ("--no-prefix", b""),
+    ("--no-prefix --color always", b""), ("--color always", b"\33[COLOURmTIME NAME | \33[0m"),
+    ("--no-timestamp --color always", b"\33[COLOURmNAME | \33[0m"),
+])
+def test_prefixes(tmp_path, args, prefix):
+    app = procfile(tmp_path, "web: echo of web; exec cat\nworker: echo of $PS; exec cat\n")
+    with Run(app, "start", "-c", "worker=10", *args.split()) as run:
+        for name, colour, text in [(b"web.1    ", b"36", b"of web"),
+                                   (b"worker.10", b"33", b"of worker.10"),
+                                   (b"system   ", b"37", b"SIGINT received, shutting down")]:
+            if name == b"system   ":
+                run.signal(signal.SIGINT)
+            line = re.escape(prefix.replace(b"NAME", name).replace(b"COLOUR", colour) + text)
+            run.expect(b"^" + line.replace(b"TIME", rb"\d\d:\d\d:\d\d") + b"$")
+        assert run.wait() == 130
+
+
+def test_colours_go_by_type_in_procfile_order(tmp_path):
+    app = procfile(tmp_path, "".join("t%d: echo of $PS; exec cat\n" % n for n in range(14)))
+    with Run(app, "start", "--color", "always", "-m", "all=1,t0=2,t2=0") as run:
+        plain = [b"36", b"33", b"32", b"35", b"31", b"34"]
+        colours = plain + [each + b";1" for each in plain] + plain[:2]
+        expected = {b"t%d.1" % place: colour for place, colour in enumerate(colours) if place != 2}
+        for name, colour in {**expected, b"t0.2": b"36"}.items():
+            run.expect(rb"^\x1b\[%sm..:..:.. %s +\| \x1b\[0mof %s$" % (colour, name, name))
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+        assert b"t2.1" not in run.output
+
+
+@pytest.mark.parametrize("terminal, args, env, coloured", [
+    (False, "", {}, False), (False, "", {"FORCE_COLOR": "1"}, True),
+    (False, "--color always", {"NO_COLOR": "1"}, True), (True, "", {}, True),
+    (False, "--color never", {"FORCE_COLOR": "1"}, False), (True, "--color never", {}, False),
+    (False, "--color auto", {}, False), (True, "--color auto", {"NO_COLOR": "1"}, False),
+])
+def test_when_to_colour(tmp_path, terminal, args, env, coloured):
+    reading, writing = pty.openpty() if terminal else os.pipe()
+    with Run(procfile(tmp_path, "web: exec cat\n"), "start", *args.split(), stdout=writing,
+             env={"TERM": "xterm", **env}) as run:
+        os.close(writing)
+        run.process.stdout = open(reading, "rb", buffering=0)
+        run.expect(rb"^\x1b\[36m.*web\.1" if coloured else rb"^\d\d:\d\d:\d\d web\.1")
+        run.signal(signal.SIGINT)
+        assert run.process.wait(10) == 130
+
+
+def test_the_text_is_passed_byte_for_byte(tmp_path):
+    text = (b"\33[31mred\33[0m\n\xff\xfe \xc3\n\0\0nul\n50 %\r100 %\r\n\n   \n\ttrailing \t\n"
+            + "\u00e9\u0085\u2028\v\f\x1c\n".encode() + bytes(range(11, 256)) + b"\nlast")
+    tmp_path.joinpath("text").write_bytes(text)
+    with Run(procfile(tmp_path, "web: cat text\n"), "start", "--no-timestamp") as run:
+        assert run.wait() == 0
+    lines = [line for line in run.output.split(b"\n") if not line.startswith(b"system")]
+    assert lines[1:-2] == [b"web.1  | " + line for line in text.split(b"\n")]
+    assert lines[-2:] == [b"web.1  | exited with code 0", b""]
+
+
+def test_lines_of_different_processes_never_mix(tmp_path):
+    for name in "abc":
+        tmp_path.joinpath(name).write_text("".join(
+            "%s %d %s\n" % (name, n, name * (n % 77)) for n in range(9000)))
+    app = procfile(tmp_path, "".join("%s: cat %s; exec cat\n" % (name, name) for name in "abc"))
+    with Run(app, "start", "--no-timestamp") as run:
+        for name in b"abc":
+            eventually(lambda: run.read(0.1) and b"%c 8999 " % name in run.output)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+    for name in "abc":
+        lines = re.findall(rb"^%s\.1    \| (.*\n)" % name.encode(), run.output, re.MULTILINE)
+        assert b"".join(lines[1:-1]) == tmp_path.joinpath(name).read_bytes()
+
+
+def test_an_unfinished_line_appears_and_stays_open_for_its_own_process(tmp_path):
+    app = procfile(tmp_path, "a: go() { " + UNTIL % "$1" + "; }; printf 'name? '; go 1; echo Jo; "
+                             "printf ..; go 2; printf .; go 4; echo more; printf end; go 5\n"
+                             "b: " + UNTIL % 3 + "; echo foreign; " + WAIT)
+    with Run(app, "start", "--no-timestamp") as run:
+        for step, text in enumerate([
+                "A name? ", "A name? Jo\nA ..", "A name? Jo\nA ...", "A ...\nB foreign\n",
+                "A ...\nB foreign\nA more\nA end",
+                "A ...\nB foreign\nA more\nA end\n"], 1):
+            text = re.sub("([AB]) ", lambda match: match[1].lower() + ".1    | ", text)
+            run.expect(rb"^" + re.escape(text.encode()) + (b"" if step == 6 else rb"\Z"))
+            app.joinpath(str(step)).touch()
+        assert run.wait() == 0
+        assert run.output.count(b"a.1    | exited with code 0\n") == 1
+
+
+def test_a_line_written_in_pieces_is_one_line(tmp_path):
+    app = procfile(tmp_path, "".join(
+        "%s: for n in 1 2 3 4 5 6 7 8 9 10; do printf \"<$n \"; sh -c :; echo $n'>'; done; %s\n"
+        % (name, WAIT) for name in "abcd"))
     with Run(app, "start") as run:
-        run.expect(rb"hello 5000 web\.1$")
-        run.expect(rb"up$")
+        for name in "abcd":
+            run.expect(rb"%s\.1 +\| .*10>$" % name.encode())
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+    whole = [line for name in "abcd" for line in run.lines(name + ".1")
+             if re.fullmatch(rb"<(\d+) \1>", line)]
+    assert len(whole) > 20    # of 40: on a busy machine 0.2 s may pass between two pieces
+
+
+@pytest.mark.parametrize("sink", ["pipe", "file"])
+def test_everything_is_written_as_soon_as_it_is_there(tmp_path, sink):
+    app = procfile(tmp_path, "a: echo one; " + UNTIL % "go" + "; echo two; " + WAIT)
+    with open(str(tmp_path / "out"), "wb") as out:
+        with Run(app, "start", stdout=subprocess.PIPE if sink == "pipe" else out) as run:
+            def see(text):
+                if sink == "pipe":
+                    return run.expect(text)
+                return eventually(lambda: text in tmp_path.joinpath("out").read_bytes())
+            see(b"one\n")
+            app.joinpath("go").touch()
+            see(b"two\n")
+            run.signal(signal.SIGTERM)
+            assert run.wait() == 143
+            see(b"terminated by SIGTERM\n")
+
+
+# What a process gets -----------------------------------------------------------------------------
+
+PROBE = r"""
+import fcntl, json, os, select, stat
+print("at once")
+print(json.dumps(dict(
+    pid=os.getpid(), group=os.getpgrp(), session=os.getsid(0), cwd=os.getcwd(),
+    stdin_is_a_pipe=stat.S_ISFIFO(os.fstat(0).st_mode),
+    stdin_mode=fcntl.fcntl(0, fcntl.F_GETFL) & os.O_ACCMODE,
+    stdin_is_quiet=not select.select([0], [], [], 0.1)[0],
+    output_is_a_pipe=stat.S_ISFIFO(os.fstat(1).st_mode),
+    one_output=os.path.samestat(os.fstat(1), os.fstat(2)))))
+select.select([], [], [])
+"""
+
+
+@LINUX
+def test_what_a_process_gets(tmp_path):
+    """Session, group, root directory, stdin, output, signals, limits, file descriptors."""
+    def before_procrun():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM])
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+
+    pipe = os.pipe()
+    tmp_path.joinpath("root").mkdir()
+    tmp_path.joinpath("probe.py").write_text(PROBE)
+    app = procfile(tmp_path, "probe: exec %s -S ../probe.py\n"
+                             "many: ulimit -Sn; while read -r line; do "
+                             "case $line in Sig[BI]*) echo $line;; esac; done </proc/$$/status; "
+                             "for fd in /proc/$$/fd/*; do [ -e $fd ] && echo ${fd##*/}; done; "
+                             "echo end; exec cat\n" % PYTHON)
+    with Run(app, "start", "-f", "Procfile", "-d", "root", "-c", "many=40", pass_fds=pipe,
+             preexec_fn=before_procrun) as run:
+        run.expect(rb"at once$")
+        got = json.loads(run.expect(rb"\| (\{.*\})$")[1].decode())
+        pid = int(run.expect(rb"probe\.1 +\| started with pid (\d+)")[1])
+        assert got == dict(
+            pid=pid, group=pid, session=pid, cwd=os.path.realpath(str(tmp_path / "root")),
+            stdin_is_a_pipe=True, stdin_mode=os.O_RDONLY, stdin_is_quiet=True,
+            output_is_a_pipe=True, one_output=True)
+        for number in range(1, 41):
+            run.expect(rb"many\.%d +\| end$" % number)
+            assert run.lines("many.%d" % number)[1:] == [
+                b"40", b"SigBlk: " + b"0" * 16, b"SigIgn: " + b"0" * 16, b"0", b"1", b"2", b"end"]
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+    for fd in pipe:
+        os.close(fd)
+
+
+@LINUX
+def test_a_command_reaches_the_shell_byte_for_byte(tmp_path):
+    command = (b"cat /proc/$$/cmdline; "
+               b"echo '\xff\xfe\t\x01\r $PORT' \"$X\" $PORT \\$PS \xc3\xa9  $((1+1))  ")
+    app = procfile(tmp_path, b"web:\t " + command + b"\r\n", "X='$PORT; `id`'")
+    with Run(app, "start", "--no-timestamp") as run:
+        assert run.wait() == 0
+        assert run.expect(rb"web\.1  \| \S*sh\0-c\0(.*)\0")[1] == command
+        assert b"\0\xff\xfe\t\x01\r $PORT $PORT; `id` 5000 $PS \xc3\xa9 2\n" in run.output
+
+
+@pytest.mark.parametrize("env, dotenv, expected", [
+    ({}, b"", b"1"), ({"PYTHONUNBUFFERED": "x"}, b"", b"x"), ({}, b"PYTHONUNBUFFERED=y", b"y"),
+    ({"PYTHONUNBUFFERED": "x"}, b"PYTHONUNBUFFERED=", b""),
+])
+def test_environment_of_a_process(tmp_path, env, dotenv, expected):
+    app = procfile(tmp_path, 'web: echo "$A $B $C[${D-unset}] $PS $PORT [$PYTHONUNBUFFERED] $M"\n',
+                   b"B=dotenv\nC=\nPS=dotenv\nPORT=6000\nM=\"\xff\n2\"\n" + dotenv)
+    outer = {**dict.fromkeys(["A", "B", "C", "PS"], "outer"), "PORT": "7000", "D": "", **env}
+    status, out, _ = ask(app, "start", "--no-timestamp", env=outer)
+    assert status == 0
+    assert b"| outer dotenv [] web.1 6000 [%s] \xff\nweb.1  | 2\n" % expected in out
+
+
+# The end -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command, status, told", [
+    ("true", 0, b"exited with code 0"), ("exit 7", 7, b"exited with code 7"),
+    ("exit 255", 255, b"exited with code 255"), ("no-such-command", 127, b"exited with code 127"),
+    ("kill -9 $$", 137, b"terminated by SIGKILL"),
+    ("kill -TERM $$", 143, b"terminated by SIGTERM"),
+    ("kill -SEGV $$", 139, b"terminated by SIGSEGV"),
+])
+def test_any_exit_ends_the_set(tmp_path, command, status, told):
+    """With the status of the first that ended by itself; its last words come before its exit."""
+    app = procfile(tmp_path, "first: " + UNTIL % "go" + "; printf 'a\\nlast'; " + command + "\n"
+                             "term: trap 'echo got it; exit 9' TERM; echo up; " + LOOP + "\n"
+                             "tree: sleep 300 & sleep 301 & echo up; wait\n")
+    with Run(app, "start") as run:
+        run.expect(rb"term\.1 +\| up$")
+        run.expect(rb"tree\.1 +\| up$")
         app.joinpath("go").touch()
-        assert run.wait() == 7
-        assert run.lines("crash.1")[-2:] == [b"last", b"exited with code 7"]
-        assert run.lines("worker.1")[-1] == b"terminated by SIGTERM"
+        assert run.wait() == status
+        first = run.lines("first.1")
+        assert (first[1], first[2][:4], first[-1], len(first)) == (b"a", b"last", told, 4)
+        assert run.lines("term.1")[-2:] == [b"got it", b"exited with code 9"]
+        assert run.lines("tree.1")[-1] == b"terminated by SIGTERM"
+        why, what = run.lines("system")
+        assert re.match(rb"first\.1 %s.*, stopping the rest$" % told.split()[0], why)
+        assert what == b"sending SIGTERM to all processes"
 
 
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "QUIT"])
-def test_signal_ends_trees(tmp_path, name):
+def test_signals_end_the_set(tmp_path, name):
     number = getattr(signal, "SIG" + name)
-    with Run(procfile(tmp_path, "a: sleep 300 & sleep 301 & echo up; wait\n"
-                                "b: (setsid sleep 302 &) ; echo up2; sleep 303\n"), "start") as run:
+    app = procfile(tmp_path, "a: sleep 300 & trap 'echo bye; exit 4' TERM; echo up; wait\n")
+    with Run(app, "start") as run:
         run.expect(rb"up$")
-        run.expect(rb"up2$")
         run.signal(number)
         assert run.wait() == 128 + number
+        assert run.lines("system") == [b"SIG%s received, shutting down" % name.encode(),
+                                       b"sending SIGTERM to all processes"]
+        assert run.lines("a.1")[-2:] == [b"bye", b"exited with code 4"]
 
 
-def test_kill_9_leaves_nothing(tmp_path):
-    with Run(procfile(tmp_path, "a: trap '' HUP; echo up; sleep 300 & sleep 301\n"), "start") as run:
+UNWILLING = "a: trap 'echo no' TERM; echo up; %s\nb: exec sleep 300\n" % LOOP
+
+
+@pytest.mark.parametrize("first, second", [("INT", "INT"), ("TERM", "TERM"), ("INT", "TERM"),
+                                           ("HUP", "INT")])
+def test_a_second_signal_kills_at_once(tmp_path, first, second):
+    with Run(procfile(tmp_path, UNWILLING), "start", "-t", "60") as run:
         run.expect(rb"up$")
-        run.signal(signal.SIGKILL)
-        run.process.wait()
+        run.signal(getattr(signal, "SIG" + first))
+        run.expect(rb"no$")
+        run.signal(getattr(signal, "SIG" + second))
+        assert run.wait() == 128 + getattr(signal, "SIG" + first)
+        assert b"sending SIGKILL to all processes" in run.lines("system")
+        assert run.lines("a.1")[-1] == b"terminated by SIGKILL"
 
 
-def test_a_member_that_ignores_sigterm_is_killed_after_the_grace_period(tmp_path):
-    with Run(procfile(tmp_path, "a: (trap '' TERM; exec >/dev/null 2>&1; while :; do sleep 1; done) &"
-                                " echo up; sleep 300\n"), "start", "-t", "0.3") as run:
+@pytest.mark.parametrize("grace, polite", [("0", False), ("0.3", True)])
+def test_grace_period(tmp_path, grace, polite):
+    with Run(procfile(tmp_path, UNWILLING), "start", "--timeout=" + grace) as run:
         run.expect(rb"up$")
         run.signal(signal.SIGINT)
+        assert run.wait(4) == 130
+        assert (b"no" in run.lines("a.1")) == polite
+        assert (b"sending SIGTERM to all processes" in run.lines("system")) == polite
+        assert b"sending SIGKILL to all processes" in run.lines("system")
+        assert run.lines("a.1")[-1] == b"terminated by SIGKILL"
+        assert run.lines("b.1")[-1] == b"terminated by " + (b"SIGTERM" if polite else b"SIGKILL")
+
+
+def test_the_grace_period_is_5_seconds_if_not_said_otherwise(tmp_path):
+    with Run(procfile(tmp_path, UNWILLING), "start") as run:
+        run.expect(rb"up$")
+        run.signal(signal.SIGINT)
+        run.expect(rb"\| waiting for a\.1 \(SIGKILL in [345] s; Ctrl-C kills now\)$")
+        run.signal(signal.SIGINT)
         assert run.wait() == 130
+
+
+def test_can_die(tmp_path):
+    app = procfile(tmp_path, "build: echo built\nmigrate: exit 0\n"
+                             "web: " + UNTIL % "go" + "; echo here; exit 5\n")
+    with Run(app, "start", "--can-die", "build,migrate") as run:
+        run.expect(rb"build\.1 +\| exited with code 0$")
+        run.expect(rb"migrate\.1 +\| exited with code 0$")
+        app.joinpath("go").touch()
+        assert run.wait() == 5
+        assert b"here" in run.lines("web.1")
+
+
+@pytest.mark.parametrize("args, status", [("build web --can-die build,web", 3),
+                                          ("build step --can-die build --can-die step", 0)])
+def test_can_die_ends_the_set_by_another_status_or_when_all_are_dead(tmp_path, args, status):
+    with Run(procfile(tmp_path, "build: exit 0\nstep: exit 0\nweb: exit 3\n"), "start",
+             *args.split()) as run:
+        assert run.wait() == status
+
+
+def test_sigusr_is_passed_on_to_every_group(tmp_path):
+    loop = "trap 'echo {0} one' USR1; trap 'echo {0} two' USR2; echo {0} up; " + LOOP
+    both = "(%s) & %s" % (loop.format("member"), loop.format("leader"))
+    with Run(procfile(tmp_path, "a: %s\nb: %s\n" % (both, both)), "start") as run:
+        for word, number in [(b"up", None), (b"one", signal.SIGUSR1), (b"two", signal.SIGUSR2)]:
+            if number:
+                run.signal(number)
+            for name, who in itertools.product([b"a", b"b"], [b"leader", b"member"]):
+                run.expect(rb"%s\.1 +\| %s %s$" % (name, who, word))
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+def stopped(pid):
+    """Whether a process is stopped, as the kernel says it."""
+    with open("/proc/%d/stat" % pid) as file:
+        return file.read().rpartition(")")[2].split()[0] == "T"
+
+
+@LINUX
+def test_ctrl_z_stops_all_and_sigcont_continues(tmp_path):
+    app = procfile(tmp_path, "a: sleep 300 & echo $! $$; exec sleep 301\n"
+                             "b: echo $$; exec sleep 302\n")
+    with Run(app, "start") as run:
+        pids = [run.pid, *map(int, run.expect(rb"a\.1 +\| (\d+) (\d+)$").groups()),
+                int(run.expect(rb"b\.1 +\| (\d+)$")[1])]
+        for _ in range(2):
+            run.signal(signal.SIGTSTP)
+            eventually(lambda: all(map(stopped, pids)))
+            run.signal(signal.SIGCONT)
+            eventually(lambda: not any(map(stopped, pids)))
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+# Supervisor and guard -----------------------------------------------------------------------------
+
+LONG = bool(os.environ.get("PROCRUN_LONG"))    # the heavy ones in full
+MODES = [(), ("--pty",)]
+both_ways = pytest.mark.parametrize("mode", MODES, ids=["pipes", "ptys"])
+both_ways_if_long = pytest.mark.parametrize("mode", MODES if LONG else MODES[:1])
+stopped_and_crashed = pytest.mark.parametrize("how, mode", [
+    ("INT", MODES[0]), ("crash", MODES[0]), ("crash", MODES[-1])])
+
+UNTIL_GO = "until [ -e go ]; do sleep 0.02; done; "
+DEAF = "trap '' TERM INT HUP QUIT; echo up; while :; do sleep 0.1; done"
+
+
+def folder(parent, name):
+    """Make a folder in another one, and return it."""
+    path = parent.joinpath(str(name))
+    path.mkdir()
+    return path
+
+
+def pause(seconds):
+    """Let time pass, where a moment or a measurement is wanted and not a handshake."""
+    select.select((), (), (), seconds)
+
+
+def children(pid):
+    """The ids of the children of a process."""
+    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+        return [int(word) for word in file.read().split()]
+
+
+def guard(run):
+    """The id of procrun's helper, which is its first child."""
+    return eventually(lambda: children(run.pid))[0]
+
+
+def facts(pid, file="status"):
+    """What /proc/PID/FILE says: a dict from each line's name to the first word behind it."""
+    with open("/proc/%d/%s" % (pid, file)) as lines:
+        return {line.split(":")[0]: line.split(":")[1].split()[0] for line in lines
+                if line.split(":")[1:] and line.split(":")[1].strip()}
+
+
+def opened(pid):
+    """What a process has open: a dict from fd to the name that the kernel has for it."""
+    place = "/proc/%d/fd/" % pid
+    return {int(fd): os.readlink(place + fd) for fd in os.listdir(place)}
+
+
+def sleeping(run, start):
+    """How many `sleep N` of the run there are with an N that starts so."""
+    return sum(command.startswith(b"sleep\0" + start) for _, command in leftovers(run.tag))
+
+
+def pids(run):
+    """The id of each instance that was started, by its name."""
+    found = re.findall(rb"^\S+ (\S+) +\| started with pid (\d+)", run.output, re.MULTILINE)
+    return {name.decode(): int(pid) for name, pid in found}
+
+
+def fates(run, name):
+    """How an instance ended, as often as it was told."""
+    return re.findall(rb"^\S+ %s +\| (exited with .*|terminated by .*)$" % re.escape(name.encode()),
+                      run.output, re.MULTILINE)
+
+
+def on_terminal(slave):
+    """In a forked process: a session of its own on this terminal."""
+    os.setsid()
+    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    for fd in range(3):
+        os.dup2(slave, fd)
+
+
+def looked_at(master):
+    """Read what a terminal has got; the number of bytes."""
+    ready = select.select([master], (), (), 0.01)[0]
+    return len(os.read(master, 1 << 16)) if ready else 0
+
+
+def awake(run):
+    """Whether procrun has come so far that it catches signals."""
+    caught = int(facts(run.pid)["SigCgt"], 16)
+    return all(caught >> getattr(signal, "SIG" + name) - 1 & 1
+               for name in "INT TERM HUP QUIT USR1 CHLD CONT WINCH".split())
+
+
+def begin(run, app, how):
+    """Begin a shutdown by a signal (INT, ...) or, in an app that waits for it, by the file go."""
+    if hasattr(signal, "SIG" + how):
+        run.signal(getattr(signal, "SIG" + how))
+        return 128 + getattr(signal, "SIG" + how)
+    app.joinpath("go").touch()
+    return {"crash": 3, "exit": 0}[how]
+
+
+def wrapper(app, text):
+    """A program to be Run as `executable`, in place of the interpreter: a shell script in which
+    $PYTHON stands for that, and "$@" for the rest of the command line."""
+    path = app.joinpath("wrapper")
+    path.write_text("#!/bin/sh\nPYTHON='%s'\n%s\n" % (sys.executable, text))
+    path.chmod(0o755)
+    return str(path)
+
+
+def require_root_and(*command):
+    """Skip the test where this command does not work."""
+    try:
+        if os.geteuid() or subprocess.call(command, stderr=subprocess.DEVNULL):
+            pytest.skip("needs root, and `%s` to work" % " ".join(command))
+    except OSError:
+        pytest.skip("needs %s" % command[0])
+
+
+# Survive: trees, the deaf, and those that leave --------------------------------------------------
+
+BEGINNINGS = ["INT", "TERM", "HUP", "QUIT", "crash", "exit"]
+
+
+@pytest.mark.parametrize("how, mode", [(how, MODES[0]) for how in BEGINNINGS] + [
+    (how, MODES[-1]) for how in ("INT", "HUP", "crash")])
+def test_nothing_is_left_of_trees(tmp_path, how, mode):
+    app = procfile(tmp_path, "a: sleep 300 & sleep 301\n"
+                             "b: (sleep 302; echo never) & (sleep 303 | cat | sleep 304) & sleep 305; :\n"
+                             "c: while :; do sleep 306; done & sh -c 'sleep 307 & sleep 308 & wait'; :\n"
+                             "d: " + UNTIL_GO + "exit %d\n" % (3 * (how == "crash")))
+    with Run(app, "start", *mode) as run:
+        eventually(lambda: sleeping(run, b"30") == 9)
+        status = begin(run, app, how)
+        assert run.wait() == status
+        assert fates(run, "a.1") == [b"terminated by SIGTERM"]
+
+
+@stopped_and_crashed
+def test_a_deaf_member_outlives_its_leader_for_the_grace_period(tmp_path, how, mode):
+    app = procfile(tmp_path, "a: (trap '' TERM HUP; exec >/dev/null 2>&1; touch deaf;"
+                             " while :; do sleep 0.1; done) & " + UNTIL_GO + "exit 3\n")
+    with Run(app, "start", "-t", "0.3", *mode) as run:
+        eventually(app.joinpath("deaf").exists)
+        began = time.monotonic()
+        status = begin(run, app, how)
+        run.expect(rb"a\.1 +\| (exited with code 3|terminated by SIGTERM)$")
+        assert len(leftovers(run.tag)) > 2    # procrun, its helper, and the member
+        assert run.wait() == status
+        assert not leftovers(run.tag)         # at once: the set had not ended before
+        assert time.monotonic() - began >= 0.3
+
+
+@both_ways
+def test_whoever_ignores_sigterm_is_gone_after_the_grace_period(tmp_path, mode):
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for number, how in enumerate(BEGINNINGS):
+            app = procfile(folder(tmp_path, how), "deaf: %s\n" % DEAF + "b: %sexit %d\n" % (
+                UNTIL_GO, 3 * (how == "crash")) * (how in ("crash", "exit")))
+            runs.append((how, app, stack.enter_context(Run(
+                app, "start", "-t", "0.2", "-c", "deaf=%d" % (1 + 2 * (number % 2)), *mode))))
+        for how, app, run in runs:
+            eventually(lambda: run.read(0.1) and len(re.findall(rb"\| up$", run.output, re.MULTILINE))
+                       == 1 + 2 * (BEGINNINGS.index(how) % 2))
+        deadline = time.monotonic() + 0.2 + 1 + 1    # a second for a busy machine
+        statuses = [begin(run, app, how) for how, app, run in runs]
+        for (how, app, run), status in zip(runs, statuses):
+            assert run.wait(deadline - time.monotonic()) == status, how
+            assert fates(run, "deaf.1") == [b"terminated by SIGKILL"]
+            assert not leftovers(run.tag)
+
+
+def test_a_second_signal_kills_whatever_began(tmp_path):
+    for first, second in [("INT", "INT"), ("HUP", "TERM"), ("crash", "INT")]:
+        app = procfile(folder(tmp_path, first), "deaf: %s\nb: %sexit 3\n" % (DEAF, UNTIL_GO))
+        with Run(app, "start", "-t", "60") as run:
+            run.expect(rb"\| up$")
+            status = begin(run, app, first)
+            run.expect(rb"sending SIGTERM")
+            begin(run, app, second)
+            assert run.wait() == status
+            assert fates(run, "deaf.1") == [b"terminated by SIGKILL"]
+
+
+@stopped_and_crashed
+def test_escapees_are_found_and_ended(tmp_path, how, mode):
+    app = procfile(tmp_path, r"""
+a: setsid sleep 306 & sleep 300
+b: (setsid sh -c 'sleep 307 & exec sleep 308' </dev/null >/dev/null 2>&1 &); sleep 301
+c: (setsid sh -c 'trap "" TERM HUP; while :; do echo here; sleep 0.05; done' &); sleep 302
+d: (setsid sh -c 'trap "echo ended >said; setsid sleep 309 & exit" TERM; sleep 310 & wait' &); sleep 303
+e: trap '' HUP; setsid sleep 311 >/dev/null 2>&1 & (setsid setsid sleep 312 >/dev/null 2>&1 &) ; exit 0
+f: """ + UNTIL_GO + "exit 3\n")
+    with Run(app, "start", "-t", "0.2", "--can-die", "e", *mode) as run:
+        run.expect(rb"c\.1 +\| here$")
+        run.expect(rb"e\.1 +\| exited with code 0$")
+        eventually(lambda: sleeping(run, b"30") + sleeping(run, b"31") == 10)
+        status = begin(run, app, how)
+        assert run.wait() == status
+        assert not leftovers(run.tag)
+        assert app.joinpath("said").read_text() == "ended\n"    # it was asked before it was killed
+
+
+def test_orphans_that_end_are_reaped_during_the_run(tmp_path):
+    app = procfile(tmp_path, "a: for i in 1 2 3 4 5; do (setsid sh -c 'exit 3' &) ; done;"
+                             " echo up; exec sleep 300\n")
+    with Run(app, "start") as run:
+        run.expect(rb"\| up$")
+        eventually(lambda: set(children(run.pid)) | set(children(guard(run)))
+                   == {guard(run), pids(run)["a.1"]})
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+def test_a_pipe_that_a_foreign_process_holds_is_not_waited_for(tmp_path):
+    with Run(procfile(tmp_path, "a: echo up; sleep 300\n"), "start") as run:
+        run.expect(rb"\| up$")
+        held = os.open("/proc/%d/fd/1" % pids(run)["a.1"], os.O_WRONLY)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        os.close(held)
+        assert re.search(rb"a\.1 +\| .*still held", run.output)
+
+
+# Survive: kill -9 --------------------------------------------------------------------------------
+
+STUBBORN = """
+a: trap '' HUP; sleep 300 & sleep 301
+b: %s
+c: (setsid sleep 302 >/dev/null 2>&1 &); (setsid sh -c 'trap "" TERM HUP; while :; do sleep 0.1; done' &); sleep 303
+d: while :; do echo full output; done
+""" % DEAF
+
+
+@both_ways
+def test_kill_9_at_any_moment_leaves_nothing(tmp_path, mode):
+    app = procfile(tmp_path, STUBBORN)
+    moments = [0.01, 0.03, 0.05, 0.06, 0.07, 0.08, 0.1, 0.2]
+    for moment in [n / 500 for n in range(5, 130)] if LONG else [moments]:
+        with contextlib.ExitStack() as stack:
+            for seconds in [moment] if LONG else moments:
+                run = stack.enter_context(Run(app, "start", "-t", "0.2", *mode, grace=0.2 + 1 + 1))
+                pause(seconds)
+                run.signal(signal.SIGKILL)
+
+
+@both_ways
+def test_kill_9_grants_the_grace_period(tmp_path, mode):
+    app = procfile(tmp_path, "a: trap '' HUP; trap 'touch bye.$PS; exit' TERM; echo up; sleep 300 & wait\n"
+                             "b: trap '' HUP; (setsid sh -c 'trap \"touch bye.escapee; exit\" TERM; echo up;"
+                             " sleep 301 & wait' &); sleep 302\n"
+                             "c: %s\n" % DEAF)
+    with Run(app, "start", "-t", "0.3", "-c", "a=2", *mode) as run:
+        eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") == 4)
+        run.signal(signal.SIGKILL)
+        began = time.monotonic()
+        eventually(lambda: len(list(app.glob("bye.*"))) == 3)
+        eventually(lambda: not leftovers(run.tag)[1:], 0.3 + 1 + 1)    # but the unreaped procrun
+        assert time.monotonic() - began >= 0.3
+
+
+@both_ways
+def test_kill_9_of_the_helper_ends_the_set(tmp_path, mode):
+    with Run(procfile(tmp_path, STUBBORN), "start", *mode) as run:
+        run.expect(rb"\| up$")
+        eventually(lambda: sleeping(run, b"30") == 4)
+        os.kill(guard(run), signal.SIGKILL)
+        assert run.wait() == 1
+        assert b"Traceback" not in run.output
+
+
+@both_ways
+def test_the_helper_holds_nothing_of_the_users(tmp_path, mode):
+    # As in `procrun start | cat`: cat ends when procrun is gone, while the helper still waits.
+    reading, writing = os.pipe()
+    app = procfile(tmp_path, "deaf: trap '' TERM HUP; echo up;"
+                             " while :; do sleep 0.1; done\n")
+    with Run(app, "start", "-t", "60", *mode, pass_fds=[writing]) as run:
+        os.close(writing)
+        run.expect(rb"\| up$")
+        helper, leader = guard(run), pids(run)["deaf.1"]
+        user = {os.readlink("/proc/self/fd/%d" % fd) for fd in (reading, run.process.stdout.fileno())}
+        assert user <= set(opened(run.pid).values())
+        assert not user & set(opened(helper).values())
+        assert all(name.startswith(("pipe:", "anon_inode:")) for name in opened(helper).values())
+        assert os.readlink("/proc/%d/cwd" % helper) == "/"
+        assert set(opened(leader)) == {0, 1, 2}
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -9
+        assert select.select([reading], (), (), 10)[0] and os.read(reading, 1) == b""
+        assert {helper, leader} <= {pid for pid, _ in leftovers(run.tag)}
+        os.killpg(leader, signal.SIGKILL)    # and the helper has nothing to wait for any more
+    os.close(reading)
+
+
+@both_ways
+def test_the_helper_survives_ctrl_c_and_a_closed_terminal(tmp_path, mode):
+    app = procfile(tmp_path, STUBBORN)
+    master, slave = os.openpty()
+    with Run(app, "start", "-t", "0.3", *mode, stdout=slave, grace=0.3 + 1 + 1,
+             preexec_fn=lambda: on_terminal(slave)) as run:
+        os.close(slave)
+        eventually(lambda: looked_at(master) + 1 and sleeping(run, b"30") == 4)
+        run.signal(signal.SIGSTOP)    # so that procrun itself cannot act
+        eventually(lambda: facts(run.pid)["State"] == "T")
+        os.write(master, b"\x03\x1c")
+        os.close(master)
+        assert not os.getsid(guard(run)) == os.getsid(run.pid)
+        run.signal(signal.SIGKILL)
+
+
+def test_the_helper_is_small(tmp_path):
+    with Run(procfile(tmp_path, "a: echo up; sleep 300\n"), "start", "-c", "a=10") as run:
+        eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") == 10)
+        memory = facts(guard(run), "smaps_rollup")
+        assert int(memory["Private_Clean"]) + int(memory["Private_Dirty"]) < 2048
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+
+
+# Survive: terminals and stdout -------------------------------------------------------------------
+
+@both_ways
+@pytest.mark.parametrize("output", ["quiet", "noisy"])
+def test_a_closed_terminal_ends_it(tmp_path, output, mode):
+    app = procfile(tmp_path, "a: trap '' HUP; sleep 300 & sleep 301\nb: %s\n" % {
+        "quiet": "sleep 302", "noisy": "sleep 302 & while :; do echo noise; done"}[output])
+    master, slave = os.openpty()
+    with Run(app, "start", *mode, stdout=slave, preexec_fn=lambda: on_terminal(slave)) as run:
+        os.close(slave)
+        eventually(lambda: looked_at(master) + 1 and sleeping(run, b"30") == 3)
+        os.close(master)
+        assert run.process.wait(10) in (129, 141)[:1 + (output == "noisy")]
+
+
+def test_a_closed_reader_ends_it(tmp_path):
+    app = procfile(tmp_path, "a: while :; do echo noise; done\nb: sleep 300 & sleep 301\n")
+    errors = tmp_path.joinpath("errors")
+    with open(str(errors), "wb") as file, \
+            Run(app, "start", preexec_fn=lambda: os.dup2(file.fileno(), 2)) as run:
+        eventually(lambda: run.read(0.1) and sleeping(run, b"30") == 2)
+        run.process.stdout.close()
+        run.process.stdout = None
+        assert run.process.wait(10) == 141
+    assert errors.read_bytes() == b""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_closed_from_the_start_and_no_terminal(tmp_path, closed):
+    app = procfile(tmp_path, "a: ls /proc/self/fd | cat >fds; echo hello; exit 7\n")
+    with Run(app, "start", start_new_session=True,
+             preexec_fn=lambda: [os.close(fd) for fd in closed]) as run:
+        assert run.wait() == 7
+        assert app.joinpath("fds").read_text() == "0\n1\n2\n3\n"    # and ls's own
+        assert run.lines("a.1")[1:] == ([] if 1 in closed else [b"hello", b"exited with code 7"])
+        assert b"Traceback" not in run.output
+
+
+def test_an_error_with_a_closed_stderr(tmp_path):
+    with Run(procfile(tmp_path, "wrong\n"), "start", preexec_fn=lambda: os.close(2)) as run:
+        assert run.wait() == 1
+
+
+def stalled(pid):
+    """Whether a process that writes all the time has been waiting for a tenth of a second."""
+    written = facts(pid, "io")["wchar"]
+    pause(0.1)
+    return int(written) > 1000 and facts(pid, "io")["wchar"] == written and facts(pid)["State"] == "S"
+
+
+@both_ways
+def test_a_stalled_stdout_delays_no_end(tmp_path, mode):
+    with contextlib.ExitStack() as stack:
+        runs = {}
+        for how, grace in [("INT", "0.2"), ("crash", "0.2"), ("TERM", "60")][:1 if mode else 3]:
+            app = procfile(folder(tmp_path, how), "a: exec yes\nb: %s\nc: %sexit 3\n" % (DEAF, UNTIL_GO))
+            runs[how] = app, stack.enter_context(Run(app, "start", "-t", grace, *mode))
+        for app, run in runs.values():
+            [writer] = eventually(lambda: [pid for pid, command in leftovers(run.tag)
+                                           if command == b"yes\0"])
+            eventually(lambda: stalled(writer))
+            assert int(facts(run.pid)["VmHWM"]) < 64000
+        deadline = time.monotonic() + 0.2 + 1 + 1
+        statuses = {how: begin(run, app, how) for how, (app, run) in runs.items()}
+        if "TERM" in runs:
+            pause(0.2)    # for no output can tell that the first signal has arrived
+            runs["TERM"][1].signal(signal.SIGINT)    # a second one, in place of a minute
+        for how, (app, run) in runs.items():
+            assert run.process.wait(deadline - time.monotonic()) == statuses[how], how
+
+
+def test_ctrl_s_delays_no_end(tmp_path):
+    app = procfile(tmp_path, "a: exec yes\n")
+    master, slave = os.openpty()
+    with Run(app, "start", stdout=slave, preexec_fn=lambda: on_terminal(slave)) as run:
+        os.close(slave)
+        [writer] = eventually(lambda: [pid for pid, command in leftovers(run.tag)
+                                       if command == b"yes\0"])
+        os.write(master, b"\x13")
+        eventually(lambda: stalled(writer))
+        run.signal(signal.SIGTERM)
+        assert run.process.wait(1 + 1) == 143
+    os.close(master)
+
+
+@both_ways_if_long
+def test_a_stalled_stdout_loses_nothing(tmp_path, mode):
+    with Run(procfile(tmp_path, "a: seq 400000; printf end\n"), "start", *mode) as run:
+        [writer] = eventually(lambda: [pid for pid, command in leftovers(run.tag)
+                                       if command == b"seq\x00400000\0"])
+        eventually(lambda: stalled(writer))
+        assert run.wait(30) == 0
+        lines = run.lines("a.1")
+        assert lines[1:-2] == [b"%d" % n for n in range(1, 400001)]
+        assert lines[-2:] == [b"end", b"exited with code 0"]
+
+
+# Survive: process 1, process ids, limits ---------------------------------------------------------
+
+UNSHARE = "unshare", "--pid", "--fork", "--mount-proc"
+
+
+def test_process_1_of_a_container(tmp_path):
+    require_root_and(*UNSHARE, "nsenter", "-t", "1", "-p", "true")
+    app = procfile(tmp_path, "a: for i in 1 2 3; do (setsid sh -c 'exit 3' &) ; done; echo up; sleep 300\n")
+    with Run(app, "start",
+             executable=wrapper(app, 'exec %s "$PYTHON" "$@"' % " ".join(UNSHARE))) as run:
+        run.expect(rb"\| up$")
+        [inner] = children(run.pid)
+        with open("/proc/%d/status" % inner) as file:
+            assert re.search(r"^NSpid:.*\t1$", file.read(), re.MULTILINE)
+
+        def zombies():
+            return [pid for parent in (inner, children(inner)[0]) for pid in children(parent)
+                    if facts(pid)["State"] == "Z"]
+        eventually(lambda: not zombies())
+        known = set(children(inner))
+        subprocess.check_call(["nsenter", "-t", str(inner), "-p", "-m", "sh", "-c",
+                               "cd '%s'; (%s exit 3) & :" % (app, UNTIL_GO)], stdout=subprocess.DEVNULL)
+        eventually(lambda: set(children(inner)) > known)     # a stranger, whose parent has gone
+        app.joinpath("go").touch()
+        eventually(lambda: set(children(inner)) == known)    # it was reaped
+        assert run.process.poll() is None and b"exited" not in run.output
+        os.kill(inner, signal.SIGTERM)
+        assert run.wait() == 143
+
+
+@pytest.mark.parametrize("name, status", [("TERM", 143), ("USR1", 0), ("KILL", 137)])
+def test_an_id_that_was_reaped_is_never_signalled(tmp_path, name, status):
+    # In a namespace where the id of the next process can be chosen, a stranger gets a.1's.
+    require_root_and(*UNSHARE, "test", "-w", "/proc/sys/kernel/ns_last_pid")
+    app = procfile(tmp_path, "a: exit 0\nb: trap 'exit 0' USR1; sleep 300 & wait\n")
+    app.joinpath("init").write_text("""
+        "$@" & run=$!
+        until [ -s reuse ]; do sleep 0.02; done
+        read pid <reuse
+        helper=$(cut -d' ' -f1 /proc/$run/task/$run/children)
+        echo $((pid - 1)) >/proc/sys/kernel/ns_last_pid
+        setsid sleep 301 & stranger=$!
+        echo "a stranger has $stranger"
+        until grep -q sleep /proc/$stranger/comm; do sleep 0.02; done
+        kill -s %s $run
+        wait $run; status=$?
+        while kill -0 $helper 2>/dev/null; do sleep 0.02; done
+        kill -0 $stranger && echo spared
+        exit $status
+    """ % name)
+    with Run(app, "start", "-t", "0.2", "--can-die", "a", executable=wrapper(
+            app, 'exec %s sh ./init "$PYTHON" "$@"' % " ".join(UNSHARE))) as run:
+        run.expect(rb"a\.1 +\| exited with code 0$")
+        app.joinpath("new").write_text("%d\n" % pids(run)["a.1"])
+        app.joinpath("new").rename(app.joinpath("reuse"))
+        assert run.wait() == status
+        assert b"a stranger has %d\n" % pids(run)["a.1"] in run.output
+        assert b"spared\n" in run.output
+
+
+def complaint(run):
+    """The one line that procrun complained with."""
+    [line] = re.findall(rb"^procrun: (.*)$", run.output, re.MULTILINE)
+    assert b"Traceback" not in run.output
+    return line.decode()
+
+
+@pytest.mark.parametrize("limit, message", [
+    (1, "Resource temporarily unavailable"), (2, "a.1: cannot start: Resource temp"),
+    (4, "a.3: cannot start: Resource temp")])
+def test_fork_failure(tmp_path, limit, message):
+    # As a user of whom there is no other process, but one who may read every file.
+    become = ("setpriv --reuid=%d --clear-groups --inh-caps=-all,+dac_override "
+              "--ambient-caps=-all,+dac_override" % (54321 + limit))
+    require_root_and(*become.split(), "true")
+    app = procfile(tmp_path, "a: exec sleep 300\n")
+    with Run(app, "start", "-c", "a=5", executable=wrapper(
+            app, 'exec %s "$PYTHON" "$@"' % become), preexec_fn=lambda: resource.setrlimit(
+                resource.RLIMIT_NPROC, (limit, limit))) as run:
+        assert run.wait() == 1
+        assert message in complaint(run)
+
+
+@pytest.mark.parametrize("text, env, args, message", [
+    ("a: sleep 300\nb: : %s\n" % ("x" * 200000), "", (), "b.1: cannot start: Argument list too long"),
+    ("a: sleep 300\n", "A=" + "x" * 200000, (), "a.1: cannot start: Argument list too long"),
+    ("a: sleep 300\n", "", ("-f", "Procfile", "-d", "missing"), "missing: "),
+    ("a: sleep 300\n", "", ("-d", "/dev/null", "-f", "Procfile"), "/dev/null: ")],
+    ids=["long command", "long value", "missing root", "root is no folder"])
+def test_exec_failure(tmp_path, text, env, args, message):
+    with Run(procfile(tmp_path, text, env), "start", *args) as run:
+        assert run.wait() == 1
+        assert message in complaint(run)
+
+
+@pytest.mark.parametrize("limit", [16, 24])
+def test_too_few_fds(tmp_path, limit):
+    with Run(procfile(tmp_path, "a: exec sleep 300\n"), "start", "-c", "a=60",
+             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))) as run:
+        assert run.wait() == 1
+        assert complaint(run)
+
+
+@both_ways
+def test_many_processes(tmp_path, mode):
+    count = 600 if LONG else 150
+    with Run(procfile(tmp_path, "a: echo $(ulimit -Sn) $(ulimit -Hn) up; exec sleep 300\n"), "start",
+             "-m", "a=%d" % count, *mode, preexec_fn=lambda: resource.setrlimit(
+                 resource.RLIMIT_NOFILE, (100, 4096))) as run:
+        eventually(lambda: run.read(0.1) and run.output.count(b" up\n") == count, 30)
+        assert run.output.count(b"| 100 4096 up\n") == count
+        run.signal(signal.SIGTERM)
+        assert run.wait(30) == 143
+        assert run.output.count(b"| terminated by SIGTERM\n") == count
+
+
+# Survive: signals and statuses -------------------------------------------------------------------
+
+def test_nohup_keeps_its_meaning(tmp_path):
+    app = procfile(tmp_path, "a: trap 'echo usr1' USR1; echo up; while :; do sleep 0.02; done\n"
+                             "b: trap : USR1; grep SigIgn: /proc/self/status; while :; do sleep 0.02; done\n")
+    with Run(app, "start", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as run:
+        run.expect(rb"\| up$")
+        assert run.expect(rb"b\.1 +\| SigIgn:\t(\w+)$")[1] == b"%016x" % (1 << signal.SIGHUP - 1)
+        run.signal(signal.SIGHUP)
+        run.signal(signal.SIGUSR1)
+        run.expect(rb"a\.1 +\| usr1$")
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+        assert b"SIGHUP" not in run.output
+
+
+def test_blocked_and_ignored_signals_reach_no_child(tmp_path):
+    def born_badly():
+        for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP, signal.SIGHUP}:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    app = procfile(tmp_path, "a: grep -E '^Sig(Blk|Ign):' /proc/self/status; echo up; sleep 300\n")
+    with Run(app, "start", preexec_fn=born_badly) as run:
+        run.expect(rb"\| up$")
+        assert run.lines("a.1")[1:3] == [b"SigBlk:\t" + b"0" * 16, b"SigIgn:\t" + b"0" * 16]
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+def test_a_signal_is_not_lost_at_any_moment_of_the_start(tmp_path):
+    app = procfile(tmp_path, "a: exec sleep 300\n")
+    for moment in range(400 if LONG else 6):
+        number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+        with Run(app, "start", "-c", "a=10") as run:
+            eventually(lambda: awake(run))
+            pause(moment / (5000 if LONG else 200))
+            run.signal(number)
+            assert run.wait() == 128 + number
+            assert run.output.count(b"received, shutting down") == 1
+            assert all(len(fates(run, name)) == 1 for name in pids(run))
+
+
+@both_ways
+def test_a_signal_to_a_child_between_fork_and_exec_is_the_childs_alone(tmp_path, mode):
+    with Run(procfile(tmp_path, "a: exec sleep 300\n"), "start", "-c", "a=40", *mode) as run:
+        helper = guard(run)
+        hit = eventually(lambda: [pid for pid in children(run.pid) + children(helper) if pid != helper])
+        os.kill(hit[-1], signal.SIGINT)
+        assert run.wait() == 130
+        assert b"SIGINT received" not in run.output
+        assert [fates(run, name) for name, pid in pids(run).items() if pid == hit[-1]] == [
+            [b"terminated by SIGINT"]]
+
+
+ENDINGS = {"exit 0": (0, b"exited with code 0"), "exit 7": (7, b"exited with code 7"),
+           "kill -9 $$": (137, b"terminated by SIGKILL"), "kill -15 $$": (143, b"terminated by SIGTERM"),
+           "nosuchcommand": (127, b"exited with code 127")}
+
+
+@pytest.mark.parametrize("when", ["first", "last", "during Ctrl-C", "during a crash"])
+def test_exit_statuses(tmp_path, when):
+    during = "a: trap 'trap - TERM; %s; exit $?' TERM; echo up; sleep 300 & wait\n" \
+             "b: " + UNTIL_GO + "exit 3\n"
+    text = {"first": "a: " + UNTIL_GO + "%s\nb: echo up; sleep 300\n",
+            "last": "a: " + UNTIL_GO + "%s\nb: exit 0\nc: exit 0\n"}.get(when, during)
+    ready = rb"(?s)b\.1 +\| exited.*c\.1 +\| exited|c\.1 +\| exited.*b\.1 +\| exited" \
+        if when == "last" else rb"\| up$"
+    with contextlib.ExitStack() as stack:
+        runs = {ending: stack.enter_context(Run(
+            procfile(folder(tmp_path, number), text % ending), "start", *("--can-die", "a,b,c") * (when == "last"))) for number, ending in enumerate(ENDINGS)}
+        for number, (ending, (status, fate)) in enumerate(ENDINGS.items()):
+            run = runs[ending]
+            run.expect(ready)
+            if when == "during Ctrl-C":
+                run.signal(signal.SIGINT)
+            else:
+                tmp_path.joinpath(str(number), "go").touch()
+            assert run.wait() == {"during Ctrl-C": 130, "during a crash": 3}.get(when, status), ending
+            assert fates(run, "a.1") == [fate]
+
+
+@both_ways
+@pytest.mark.parametrize("seed", range(100 if LONG else 2))
+def test_a_storm_of_signals(tmp_path, seed, mode):
+    chance, calm, sink = random.Random(seed), ["CHLD", "WINCH", "CONT"], tmp_path.joinpath("output")
+    app = procfile(tmp_path, "a: trap : USR1; echo up; while :; do seq 300; sleep 0.01; done\n")
+    with open(str(sink), "wb") as file, Run(app, "start", "-c", "a=3", *mode, **(
+            {} if seed % 2 else {"stdout": file, "preexec_fn": lambda: os.dup2(1, 2)})) as run:
+        def storm(names, count):
+            for _ in range(count * (5 if LONG else 1)):
+                run.read(chance.random() / 500) if seed % 2 else pause(chance.random() / 500)
+                run.signal(getattr(signal, "SIG" + chance.choice(names)))
+
+        def seen():
+            run.output += sink.read_bytes()[len(run.output):]
+            return run.output
+        eventually(lambda: awake(run))
+        storm(calm, 50)
+        eventually(lambda: not storm(calm, 1) and seen().count(b"| up\n") == 3)
+        storm(calm + ["USR1"], 50)
+        assert b"shutting down" not in seen() and not fates(run, "a.1")
+        storm(calm + ["USR1", "INT", "TERM"], 100)
+        assert run.wait() in (130, 143)
+        assert seen().count(b"shutting down") == 1 and b"Traceback" not in run.output
+        # A third Ctrl-C means that a reader who is late is not waited for any more.
+        told = {len(fates(run, "a.%d" % n)) for n in (1, 2, 3)}
+        assert told == {1} if not seed % 2 else told <= {0, 1}
+
+
+def test_two_that_die_in_the_same_instant(tmp_path):
+    with Run(procfile(tmp_path, "a: exec sleep 300\nb: exec sleep 301\nc: exec sleep 302\n"), "start") as run:
+        eventually(lambda: run.read(0.1) and sleeping(run, b"30") == len(pids(run)) == 3)
+        parents = [guard(run), run.pid]
+        for pid in parents:
+            os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: all(facts(pid)["State"] == "T" for pid in parents))
+        os.kill(pids(run)["a.1"], signal.SIGKILL)
+        os.kill(pids(run)["b.1"], signal.SIGUSR2)
+        for pid in parents:
+            os.kill(pid, signal.SIGCONT)
+        assert run.wait() in (128 + signal.SIGKILL, 128 + signal.SIGUSR2)
+        assert fates(run, "a.1") == [b"terminated by SIGKILL"]
+        assert fates(run, "b.1") == [b"terminated by SIGUSR2"]
+        assert fates(run, "c.1") == [b"terminated by SIGTERM"]
+        assert run.output.count(b"stopping the rest") == 1
+
+
+# Lose nothing ------------------------------------------------------------------------------------
+
+@both_ways
+def test_the_last_lines_come_before_the_exit(tmp_path, mode):
+    expected = [b"%d" % n for n in range(1, 20001)] + [b"a", b"b", b"exited with code 0"]
+    app = procfile(tmp_path, "a: seq 20000; printf 'a\\nb'\n")
+    for _ in range(250 if LONG else 2):    # of four at a time: both cores are busy
+        with Run(app, "start", "-c", "a=4", "--can-die", "a", *mode) as run:
+            assert run.wait(30) == 0
+            for n in (1, 2, 3, 4):
+                assert run.lines("a.%d" % n)[1:] == expected
+
+
+@both_ways
+def test_the_last_lines_from_a_sigterm_handler(tmp_path, mode):
+    app = procfile(tmp_path, "a: trap 'seq 50000; exit' TERM; echo up; sleep 300 & wait\n"
+                             "b: " + UNTIL_GO + "exit 3\n")
+    with Run(app, "start", "-t", "30", "-c", "a=2", *mode) as run:
+        eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") == 2)
+        app.joinpath("go").touch()
+        assert run.wait(30) == 3
+        for name in ("a.1", "a.2"):
+            lines = run.lines(name)
+            assert lines[2:-1] == [b"%d" % n for n in range(1, 50001)]
+            assert lines[-1].startswith(b"exited with code")
+
+
+COPY = """
+import os, random, select, sys
+chance, data = random.Random(sys.argv[1]), open("data", "rb").read()
+while data:
+    size = int(2 ** (chance.random() * 14))
+    while size and data:
+        size, data = 0, data[os.write(1, data[:size]):]
+    select.select((), (), (), chance.choice([0, 0, 0, 0, 0.001, 0.002] + [0.25] * (not chance.randrange(200))))
+"""
+
+
+@both_ways
+def test_any_bytes_in_any_chunks_are_passed_as_they_are(tmp_path, mode):
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for seed in range(100 if LONG else 3):
+            chance, app = random.Random(seed), folder(tmp_path, seed)
+            data = bytes(chance.choice(b"\n\n\r\0\t \x1b[m|\xc3\xa9\xff" if chance.random() < 0.5 else range(256))
+                         for _ in range(50000)) + b"."
+            app.joinpath("data").write_bytes(data)
+            app.joinpath("copy.py").write_text(COPY)
+            runs.append((data, stack.enter_context(Run(procfile(
+                app, "a: '%s' -S copy.py %d\n" % (sys.executable, seed)), "start", *mode))))
+        for data, run in runs:
+            assert run.wait(60) == 0
+            assert b"\n".join(run.lines("a.1")[1:-1]) == data
+
+
+@both_ways_if_long
+def test_blank_lines_are_kept(tmp_path, mode):
+    with Run(procfile(tmp_path, "a: printf '\\n\\na\\n\\n \\n'\n"), "start", *mode) as run:
+        assert run.wait() == 0
+        assert run.lines("a.1")[1:-1] == [b"", b"", b"a", b"", b" "]
+
+
+def test_a_line_of_50_megabytes_takes_little_memory(tmp_path):
+    size, path = 50000000, tmp_path.joinpath("output")
+    app = procfile(tmp_path, "a: head -c %d /dev/zero | tr '\\0' x; echo; touch done; sleep 300\n" % size)
+    with open(str(path), "wb") as file, Run(app, "start", stdout=file) as run:
+        eventually(app.joinpath("done").exists, 60)
+        eventually(lambda: path.stat().st_size > size)
+        assert int(facts(run.pid)["VmHWM"]) < 40000
+        run.signal(signal.SIGINT)
+        assert run.process.wait(10) == 130
+    [line] = [line for line in path.read_bytes().split(b"\n") if b"| x" in line]
+    assert line.partition(b"| ")[2] == b"x" * size
+
+
+@both_ways_if_long
+def test_no_line_of_four_writers_is_torn_or_missing(tmp_path, mode):
+    app = procfile(tmp_path, "a: seq -f \"$PS line %.0f of many that are written at full speed\" 15000\n")
+    with Run(app, "start", "-c", "a=4", "--can-die", "a", *mode) as run:
+        assert run.wait(30) == 0
+        for name in ("a.1", "a.2", "a.3", "a.4"):
+            assert run.lines(name)[1:-1] == [b"%s line %d of many that are written at full speed"
+                                             % (name.encode(), n) for n in range(1, 15001)]
+        assert run.output.count(b"\n") == 4 * 15002 + len(run.lines("system"))
+
+
+@both_ways_if_long
+def test_a_prompt_is_shown_and_blocks_nobody(tmp_path, mode):
+    app = procfile(tmp_path, "a: printf 'prompt> '; sleep 300\n"
+                             "b: n=0; while :; do n=$((n+1)); echo tick $n; sleep 0.02; done\n")
+    with Run(app, "start", *mode) as run:
+        run.expect(rb"a\.1 +\| prompt> $")
+        ticks = len(run.lines("b.1"))
+        eventually(lambda: run.read(0.1) and len(run.lines("b.1")) > ticks + 5)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+@both_ways
+def test_a_child_that_closed_its_output_costs_no_cpu(tmp_path, mode):
+    app = procfile(tmp_path, "a: exec <&- >&- 2>&-; touch closed; exec sleep 300\n"
+                             "b: (setsid sleep 301 >/dev/null 2>&1 &); exit 0\n")
+    with Run(app, "start", "--can-die", "b", *mode) as run:
+        run.expect(rb"b\.1 +\| exited with code 0$")
+        eventually(app.joinpath("closed").exists)
+
+        def cost():
+            ticks = 0
+            for pid in (run.pid, guard(run)):
+                with open("/proc/%d/stat" % pid) as file:
+                    ticks += sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+                ticks += int(facts(pid)["voluntary_ctxt_switches"])
+            return ticks
+        eventually(lambda: cost() == [cost(), pause(0.1)][0] == cost())    # it has come to rest
+        before = cost()
+        pause(0.3)
+        assert cost() - before <= 3    # clock ticks of 10 ms, and times that it woke up
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert fates(run, "a.1") == [b"terminated by SIGTERM"]
+
+
+# Let no one in -----------------------------------------------------------------------------------
+
+def test_nothing_is_listening_written_or_shown(tmp_path):
+    app, places = folder(tmp_path, "app"), folder(tmp_path, "temporary")
+    procfile(app, "a: echo up; sleep 300\nb: sleep 301\n", "A=hunter2\nB='hunter2\nhunter2'\n")
+    with Run(app, "start", env={"TMPDIR": str(places), "C": "hunter2"}) as run:
+        run.expect(rb"\| up$")
+        eventually(lambda: sleeping(run, b"30") == 2)
+        for pid in (run.pid, guard(run)):
+            assert not [name for name in opened(pid).values()
+                        if not name.startswith(("pipe:", "anon_inode:", "/dev/null", "/dev/p"))]
+        assert not [command for _, command in leftovers(run.tag) if b"hunter2" in command]
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert b"hunter2" not in run.output
+        assert not list(places.iterdir())
+        assert sorted(path.name for path in app.iterdir()) == [".env", "Procfile"]
+
+
+@pytest.mark.parametrize("text", [b"PASS-WORD=hunter2", b"export PASSWORD hunter2=", b"A='a'hunter2",
+                                  b'PASSWORD="hunter2', b"PASSWORD=hunter2\0", b"hunter2hunter2"])
+def test_a_bad_line_of_env_is_named_but_not_shown(text):
+    with pytest.raises(procrun.Failure) as failure:
+        procrun.parse_env(b"A=1\n" + text)
+    [line] = failure.value.args
+    assert line.startswith(".env:2: ") and "hunter2" not in line
+
+
+def noise(size, seed=0):
+    """Random bytes."""
+    return random.Random(seed).getrandbits(8 * size).to_bytes(size, "little")
+
+
+@pytest.mark.parametrize("file, kind", [("Procfile", "garbage"), (".env", "garbage"), (".env", "NULs"),
+                                        ("Procfile", "a line"), (".env", "a value")])
+def test_100_megabytes_and_lines_of_10_are_an_error(tmp_path, file, kind):
+    app = procfile(tmp_path, "a: sleep 300\n")
+    app.joinpath(file).write_bytes({"garbage": noise(1000000), "NULs": b"", "a line": b"a: : " + b"x" * 10000000,
+                                    "a value": b"a=" + b"x" * 10000000}[kind])
+    if kind in ("garbage", "NULs"):
+        os.truncate(str(app.joinpath(file)), 100000000)    # the rest is NULs
+    with Run(app, "start") as run:
+        assert run.wait(20) == 1
+        assert complaint(run) and len(run.output) < 1000
+
+
+MANY = 10000000 if LONG else 100000
+
+
+@pytest.mark.parametrize("parse", [procrun.parse_procfile, procrun.parse_env])
+@pytest.mark.parametrize("text", [
+    noise(MANY), b" " * MANY + b"a", b"a" * MANY, b"\n" * MANY, b"?\n" * MANY, b"A=" + b"\\" * MANY,
+    b"a: : \\\n" + b"\\\n" * MANY, b'A="' + b'\\"' * MANY, b"A='\nB=\"\n" * MANY, b"A=" + b" #" * MANY,
+    b"".join(b"a%d: =\n" % n for n in range(MANY // 10)), b"".join(b"n%d=:\n" % n for n in range(MANY // 10)),
+], ids="noise blanks letters newlines errors backslashes continued open quotes comments names values".split())
+def test_absurd_text_is_parsed_or_refused_in_seconds(text, parse):
+    began = time.monotonic()
+    try:
+        parse(text)
+    except procrun.Failure as failure:
+        assert 0 < sum(map(len, failure.args)) < 20000
+    assert time.monotonic() - began < 30
+
+
+def rounds(seconds):
+    """Count from 0 for so many seconds, or a minute if it is to be long."""
+    deadline, n = time.monotonic() + (60 if LONG else seconds), 0
+    while time.monotonic() < deadline:
+        yield n
+        n += 1
+
+
+def test_fuzz_of_both_parsers(tmp_path):
+    words = [b":", b"=", b"\n", b"\\\n", b"\r\n", b" ", b"\t", b"#", b"'", b'"', b"\\", b"\0", b"\xff", b"a",
+             b"web", b"all", b"export ", b"\xef\xbb\xbf", b"a: b\n", b"A=b\n", b"A='", b'B="', b"$", b"\xc3\xa9"]
+    for seed in rounds(0.4):
+        chance = random.Random(seed)
+        text = b"".join(chance.choice(words) for _ in range(chance.randrange(1, 40)))
+        try:
+            for each in procrun.parse_procfile(text):
+                assert re.fullmatch(r"[A-Za-z0-9_-]+", each.name) and each.name != "all"
+                assert each.command.strip() and not re.search(rb"[\0\n]", each.command)
+        except procrun.Failure as failure:
+            assert all(line.startswith("Procfile:") and line.isprintable() for line in failure.args)
+        try:
+            for name, value in procrun.parse_env(text).items():
+                assert re.fullmatch(rb"[A-Za-z0-9_]+", name) and b"\0" not in value
+        except procrun.Failure as failure:
+            assert all(line.startswith(".env:") and line.isprintable() for line in failure.args)
+
+
+def test_fuzz_of_what_is_valid(tmp_path):
+    letters = (string.ascii_letters + string.digits + "_").encode()
+    escapes = {b"\n": b"\\n", b"\t": b"\\t", b'"': b'\\"', b"\\": b"\\\\", b"$": b"\\$"}
+    for seed in rounds(0.4):
+        chance = random.Random(seed)
+        names = list({bytes(chance.choices(letters, k=chance.randrange(1, 5))) + b"%d" % n: 0 for n in range(5)})
+        values = [bytes(chance.choices(b"ab  '\"\\#$=:\t\n\r\xc3\xa9\xff", k=chance.randrange(12))) for _ in names]
+        commands = [b"x" + value.replace(b"\n", b"") + b"." for value in values]
+        parsed = procrun.parse_procfile(b"".join(b"%s:%s%s\r\n# c \\\n\n" % (
+            name, b" \t"[:chance.randrange(3)], command) for name, command in zip(names, commands)))
+        assert [(each.name.encode(), each.command) for each in parsed] == list(zip(names, commands))
+        literal = {name: value.replace(b"'", b"") for name, value in zip(names, values)}
+        assert procrun.parse_env(b"".join(b"export %s = '%s' # c\n" % item for item in literal.items())) == literal
+        assert procrun.parse_env(b"".join(b'%s="%s"\r\n' % (name, b"".join(
+            escapes.get(bytes([byte]), bytes([byte])) for byte in value))
+            for name, value in zip(names, values))) == dict(zip(names, values))
+
+
+# Soak --------------------------------------------------------------------------------------------
+
+SOAK = r"""
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import argparse, ctypes, procrun
+for turn in range(int(sys.argv[2])):
+    crash, arguments = turn % 2, ["start", "-m", "a=1,b=1"] + sys.argv[3:][:turn // 2 % 2]
+    pid = os.fork()
+    if not pid:
+        os.environ.update(CRASH=str(crash), SOAK=str(os.getpid()))
+        try:
+            os._exit(procrun.main(arguments))
+        finally:
+            os._exit(99)
+    status = os.waitpid(pid, 0)[1] >> 8
+    assert status == (3 if crash else 143), status
+    with open("/proc/thread-self/children") as file:
+        assert not file.read()
+print("well done")
+"""
+
+
+def test_soak_of_start_crash_stop(tmp_path):
+    app = procfile(tmp_path, "a: sleep 300 & (setsid sleep 301 >/dev/null 2>&1 &) ; sleep 302\n"
+                             "b: [ $CRASH = 0 ] || exit 3; kill -TERM $SOAK; sleep 303\n")
+    tag = "PROCRUN_TEST=" + uuid.uuid4().hex
+    # Four at a time, two hundred times, without the time that an interpreter takes to start.
+    soaks = [subprocess.Popen(
+        [sys.executable, "-c", SOAK, os.path.dirname(PROCRUN), "1000" if LONG else "50", *MODES[-1]],
+        cwd=str(app), env=dict(os.environ, **dict([tag.split("=")])), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(4)]
+    try:
+        for soak in soaks:
+            output = soak.communicate(timeout=600)[0]
+            assert output.endswith(b"well done\n"), output[-2000:]
+        eventually(lambda: not leftovers(tag), 1)
+    finally:
+        for pid, _ in leftovers(tag):
+            os.kill(pid, signal.SIGKILL)
+
+
+@both_ways_if_long
+def test_a_long_run_leaks_nothing(tmp_path, mode):
+    app = procfile(tmp_path, "a: n=0; while :; do until [ -e $n ]; do sleep 0.01; done; seq 5000;"
+                             " for i in 1 2 3 4 5 6 7 8; do (setsid sleep 0 >/dev/null 2>&1 &) ; done;"
+                             " echo turn $n is over; n=$((n+1)); done\n")
+    turns, states = 400 if LONG else 12, []
+    with Run(app, "start", *mode) as run:
+        for n in range(turns):
+            app.joinpath(str(n)).touch()
+            eventually(lambda: run.read(0.1) and b"| turn %d is over" % n in run.output[-20000:])
+            eventually(lambda: len(children(guard(run)) + children(run.pid)) == 2)
+            states.append([(len(opened(pid)), int(facts(pid)["VmRSS"])) for pid in (run.pid, guard(run))])
+        for (fds, memory), (fds_then, memory_then) in zip(states[-1], states[turns // 4]):
+            assert fds == fds_then and memory - memory_then < 1024, states
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+# Terminals ---------------------------------------------------------------------------------------
+
+class Terminal(Run):
+    """procrun on a terminal of its own, of which we hold the other side: screen and keyboard."""
+
+    def __init__(self, folder, *args, size=(24, 80), **options):
+        self.keyboard, slave = os.openpty()
+        self.resize(*size)
+        self.before = self.modes()
+        super().__init__(folder, *args, env={"NO_COLOR": "1", "TERM": "xterm"}, stdout=slave,
+                         start_new_session=True, preexec_fn=lambda: (
+                             fcntl.ioctl(1, termios.TIOCSCTTY, 0), os.dup2(1, 0), os.dup2(1, 2)),
+                         **options)
+        os.close(slave)
+        self.process.stdout = open(self.keyboard, "rb", buffering=0)
+
+    def read(self, seconds):
+        """As Run; the end is EIO here, and each line ends in CR LF."""
+        try:
+            return super().read(seconds)
+        except OSError:
+            return False
+        finally:
+            self.output = self.output.replace(b"\r\n", b"\n")
+
+    def type(self, keys):
+        """Press keys."""
+        os.write(self.keyboard, keys)
+
+    def resize(self, rows, columns):
+        """Give the window another size."""
+        fcntl.ioctl(self.keyboard, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def modes(self):
+        """What stty shows."""
+        return termios.tcgetattr(self.keyboard)
+
+
+class Screen(Run):
+    """A real terminal (tmux) and a shell in it, typed at and looked at as a person does."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        super().__init__(folder, "run", "tmux", "-S", "tmux", "-f", os.devnull, "new-session",
+                         "-d", "-x", "80", "-y", "24", "sh -i", env={"ENV": "", "TMUX": ""})
+        assert self.wait() == 0, self.output
+
+    def __exit__(self, *exception):
+        self.tmux("kill-server")
+        super().__exit__(*exception)
+
+    def tmux(self, *command):
+        """What tmux answers."""
+        return subprocess.run(["tmux", "-S", "tmux", *command], cwd=str(self.folder), check=True,
+                              stdout=subprocess.PIPE).stdout.decode()
+
+    def start(self, *args):
+        """Type the command that starts procrun."""
+        self.shows(SHELL)
+        self.type(" ".join(["clear;", sys.executable, PROCRUN, "start", *args]), "Enter")
+
+    def type(self, text, *keys):
+        """Type text, then press keys by their names."""
+        self.tmux("send-keys", "-l", text)
+        if keys:
+            self.tmux("send-keys", *keys)
+
+    def text(self, *options):
+        """What stands on the screen."""
+        return self.tmux("capture-pane", "-p", *options).rstrip("\n")
+
+    def shows(self, pattern):
+        """Wait until the screen matches."""
+        try:
+            return eventually(lambda: re.search(pattern, self.text(), re.MULTILINE))
+        except AssertionError:
+            raise AssertionError("%s is not on the screen:\n%s" % (pattern, self.text()))
+
+
+def state(pid):
+    """The state of a process: R running, S sleeping, T stopped, Z zombie."""
+    with open("/proc/%d/stat" % pid) as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+UNTIL_THERE = "until [ -e %s ]; do sleep 0.02; done; "
+SHELL = r"^[$#]\Z"
+ALONE = dict(start_new_session=True)    # no terminal at all, not even a controlling one
+needs_tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
+
+
+# -- start --pty
+
+def test_pty_is_the_controlling_terminal_of_each(tmp_path):
+    app = procfile(tmp_path, "web: test -t 1 && test -t 2 && readlink /proc/$$/fd/1;"
+                             " echo by name >/dev/tty; stty -a </dev/tty | tr -s '; ' '\\n'"
+                             " | grep -x -e -echo -e -opost\n")
+    with Run(app, "start", "--pty", "-c", "web=2", "--can-die", "web", **ALONE) as run:
+        assert run.wait() == 0
+        outputs = [run.lines(name)[1:-1] for name in ("web.1", "web.2")]
+        assert [sorted(each[1:]) for each in outputs] == [[b"-echo", b"-opost", b"by name"]] * 2
+        assert outputs[0][0] != outputs[1][0]
+
+
+def test_pty_makes_programs_write_by_lines(tmp_path):
+    app = procfile(tmp_path, "web: (echo up; exec sleep 300) | grep up\n")
+    with Run(app, "start", "--pty") as run:
+        run.expect(rb"\| up$")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+def test_pty_output_is_one_ordered_stream_and_told_before_the_exit(tmp_path):
+    app = procfile(tmp_path, "web: for i in 1 2 3; do echo o$i; echo e$i >&2; done; seq 20000;"
+                             " printf 'cr\\r\\n\\n\\tlast '; exit 3\n")
+    with Run(app, "start", "--pty", stdout=subprocess.PIPE, **ALONE) as run:
+        assert run.wait() == 3
+        assert run.lines("web.1")[1:] == [
+            b"o1", b"e1", b"o2", b"e2", b"o3", b"e3", *(b"%d" % n for n in range(1, 20001)),
+            b"cr\r", b"", b"\tlast ", b"exited with code 3"]
+        assert run.output.count(b"\r") == 1
+
+
+@pytest.mark.parametrize("pty", [[], ["--pty"]])
+def test_a_process_that_closes_its_output_lives_on(tmp_path, pty):
+    app = procfile(tmp_path, "web: echo up; exec <&- >&- 2>&-; sleep 0.3; exit 7\n")
+    with Run(app, "start", *pty, **ALONE) as run:
+        assert run.wait() == 7
+        assert run.lines("web.1")[1:] == [b"up", b"exited with code 7"]
+
+
+@pytest.mark.parametrize("args, columns", [
+    (["--pty", "web"], 82), (["--pty", "web", "--no-timestamp"], 91),
+    (["--pty", "web", "--no-prefix"], 100), (["--pty", "-c", "web-server=10"], 75),
+    (["--attach", "web"], 76),
+])
+def test_window_size_is_the_terminal_less_the_prefix(tmp_path, args, columns):
+    app = procfile(tmp_path, "web: trap 'stty size </dev/tty' WINCH; stty size </dev/tty;"
+                             " while :; do sleep 0.02; done\n"
+                             "web-server: sleep 300\n")
+    with Terminal(app, "start", *args, size=(30, 100)) as run:
+        run.expect(rb"(^|\| )30 %d$" % columns)
+        run.resize(40, 120)
+        run.expect(rb"(^|\| )40 %d$" % (columns + 20))
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+
+
+def test_window_size_without_a_terminal(tmp_path):
+    with Run(procfile(tmp_path, "web: stty size </dev/tty\n"), "start", "--pty", **ALONE) as run:
+        assert run.wait() == 0
+        assert run.lines("web.1")[1] == b"24 80"
+
+
+@pytest.mark.parametrize("given, expected", [("TERM=vt100", b"vt100"), ("-uTERM", b"dumb")])
+def test_term_is_passed_on(tmp_path, given, expected):
+    app = procfile(tmp_path, "web: env | sed -n s/^TERM=/is=/p\n")    # a shell may set its own
+    with Run(app, "run", "env", given, sys.executable, PROCRUN, "start", "--pty") as run:
+        assert run.wait() == 0
+        assert run.lines("web.1")[1] == b"is=" + expected
+
+
+PLAIN = [b"red and bold", b"abc", b"\033[Kd\033["]
+COLOURED = [b"\033[31mred\033[m and \033[1;38:5:9mbold\033[0m", b"a\033[31mb\033[32mc",
+            b"\033[Kd\033["]
+
+
+@pytest.mark.parametrize("args, expected", [
+    (["--color", "never"], PLAIN), (["--color", "never", "--pty"], PLAIN), (["--pty"], COLOURED),
+])
+def test_color_never_takes_colours_out(tmp_path, args, expected):
+    app = procfile(tmp_path, "web: printf '\\033[31mred\\033[m and \\033[1;38:5:9mbold\\033[0m\\n"
+                             "a\\033'; " + UNTIL_THERE % "one" + "printf '[31mb\\033[3'; " + UNTIL_THERE % "two"
+                             + "printf '2mc\\n\\033[Kd\\033['\n")
+    with Run(app, "start", *args, **ALONE) as run:
+        run.expect(rb"\| a")
+        app.joinpath("one").touch()
+        run.expect(rb"\| a(\033\[31m)?b")
+        app.joinpath("two").touch()
+        assert run.wait() == 0
+        assert run.lines("web.1")[1:-1] == expected
+
+
+@needs_tmux
+def test_who_clears_the_screen_takes_nothing_from_others(tmp_path):
+    app = procfile(tmp_path, "worker: echo kept; sleep 300\nweb: " + UNTIL_THERE % "go"
+                   + r"printf '\033[H\033[2J\033[3J\033[1A\033[2K\033cone\n"
+                   + r"two\r\033[K3\n'; cat" + "\n")
+    with Screen(app) as screen:
+        screen.start("--pty")
+        screen.shows(r"worker\.1 \| kept$")
+        app.joinpath("go").touch()
+        screen.shows(r"one\n3$")
+        screen.shows(r"worker\.1 \| kept$")
+        screen.type("", "C-c")
+        screen.shows(SHELL)
+
+
+# -- start --attach
+
+def test_what_is_typed_reaches_the_attached_process(tmp_path):
+    app = procfile(tmp_path, "web: test -t 0 && printf 'name? '; read n; echo hello $n; cat\n"
+                             "worker: test -t 1 || echo on a pipe; sleep 300\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"\| on a pipe$")
+        run.expect(rb"web\.1 +\| name\? \Z")
+        run.type(b"bobx")
+        run.expect(rb"name\? bobx\Z")
+        run.type(b"\x7f\r")
+        run.expect(rb"\| hello bob$")
+        assert run.output.count(b"bobx") == 1
+        run.type(b"twice\r")
+        run.expect(rb"^twice\n[^\n]+\| twice$|\| twice\n[^\n]+\| twice$")
+        run.type(b"\x04")
+        assert run.wait() == 0
+
+
+def test_one_instance_of_several_is_attached(tmp_path):
+    app = procfile(tmp_path, "web: echo up; while read x; do echo $PS got $x; done\n")
+    with Terminal(app, "start", "-c", "web=3", "--attach", "web.2", "--pty") as run:
+        for name in (b"1", b"2", b"3"):
+            run.expect(rb"web\.%s +\| up$" % name)
+        run.type(b"it\r")
+        run.expect(rb"\| web\.2 got it$")
+        run.type(b"\x1c")
+        assert run.wait() == 131
+        assert len(re.findall(rb" got ", run.output)) == 1
+
+
+def test_a_prompt_appears_at_once(tmp_path):
+    app = procfile(tmp_path, "web: echo up; while read x; do printf \"prompt $x\"; done\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"\| up$")
+        delays = []
+        for n in range(5):
+            began = time.monotonic()
+            run.type(b"%d\r" % n)
+            run.expect(rb"prompt %d" % n)
+            delays.append(time.monotonic() - began)
+        assert min(delays) < 0.15    # others' unfinished lines wait for 0.2 s
+        run.type(b"\x04\x04")
+        assert run.wait() == 0
+
+
+def test_foreign_lines_do_not_break_the_prompt(tmp_path):
+    app = procfile(tmp_path, "web: printf 'name? '; read name; echo hello $name; sleep 300\n"
+                             "worker: for i in 1 2 3; do " + UNTIL_THERE % "go$i" + "echo foreign $i;"
+                             " done; sleep 300\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"\| name\? ")
+        for n, typed in enumerate((b"b", b"bo", b"bob"), 1):
+            run.type(typed[-1:])
+            run.expect(rb"\| name\? " + typed + rb"\Z")
+            app.joinpath("go%d" % n).touch()
+            run.expect(rb"\| foreign %d\n[^\n]*web\.1 +\| name\? " % n + typed + rb"\Z")
+        run.type(b"\r")
+        run.expect(rb"\| hello bob$")
+        run.type(b"\x03\x03")
+        assert run.wait() == 130
+        assert len(re.findall(rb"worker\.1 +\| foreign \d$", run.output, re.MULTILINE)) == 3
+
+
+def test_a_long_paste_arrives_whole(tmp_path):
+    app = procfile(tmp_path, "web: stty -echo; echo up; " + UNTIL_THERE % "go" + "head -n 3000 | cksum\n")
+    text = b"".join(b"%011d\n" % n for n in range(3000))
+    with Terminal(app, "start", "--attach", "web", "-t", "1") as run:
+        run.expect(rb"\| up$")
+        run.type(text)
+        app.joinpath("go").touch()
+        expected = subprocess.run(["cksum"], input=text, stdout=subprocess.PIPE).stdout.strip()
+        assert run.wait() == 0
+        assert run.lines("web.1")[-2] == expected
+
+
+def test_ctrl_c_is_for_the_attached_process_and_twice_for_the_set(tmp_path):
+    loop = ": trap 'echo %s INT' INT; echo up %s; while :; do sleep 0.05; done\n"
+    app = procfile(tmp_path, "web" + loop % ("got", 1) + "worker" + loop % ("stray", 2))
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"up 1$")
+        run.expect(rb"up 2$")
+        run.type(b"\x03")
+        run.expect(rb"got INT$")
+        got = time.monotonic()
+        eventually(lambda: time.monotonic() > got + 1.02)
+        run.type(b"\x03")
+        run.expect(rb"got INT\n(.*\n)*.*got INT$")
+        assert b"shutting down" not in run.output
+        run.type(b"\x03\x03")
+        assert run.wait() == 130
+        assert b"stray" not in run.output
+
+
+READ_KEYS = """
+import os, tty
+tty.setraw(0)
+print("raw", end="\\r\\n")
+while True:
+    print("got", os.read(0, 1), end="\\r\\n")
+"""
+
+
+@pytest.mark.parametrize("keys, status", [(b"\x03\x03", 130), (b"\x1c", 131)])
+def test_a_program_that_reads_every_key_can_be_left(tmp_path, keys, status):
+    tmp_path.joinpath("keys.py").write_text(READ_KEYS)
+    with Terminal(procfile(tmp_path, "web: exec '%s' keys.py\n" % sys.executable), "start",
+                  "--attach", "web") as run:
+        run.expect(rb"\| raw\r*$")
+        run.type(b"\x03")
+        run.expect(rb"got b'\\x03'")
+        run.type(b"\x1b[A\r")
+        run.expect(rb"b'\\x1b'[^']+b'\['[^']+b'A'[^']+b'\\r'")
+        run.type(keys)
+        assert run.wait() == status
+
+
+def test_ctrl_backslash_ends_the_set_and_ctrl_c_kills_what_is_left(tmp_path):
+    app = procfile(tmp_path, "web: trap '' TERM QUIT INT; echo up; sleep 300 & sleep 301\n"
+                             "worker: sleep 300\n")
+    with Terminal(app, "start", "--attach", "web", "-t", "30") as run:
+        run.expect(rb"\| up$")
+        run.type(b"\x1c")
+        run.expect(rb"worker\.1 +\| terminated by SIGTERM$")
+        run.expect(rb"waiting for web\.1\b")
+        run.type(b"\x03")
+        assert run.wait() == 131
+        run.expect(rb"killed 1: web\.1$")
+
+
+def test_ctrl_z_stops_all_and_sigcont_goes_on(tmp_path):
+    app = procfile(tmp_path, "web: printf 'name? '; read name; echo hello $name; "
+                   + UNTIL_THERE % "go" + "\nworker: echo up; exec sleep 300\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"\| up$")
+        run.expect(rb"\| name\? ")
+        run.type(b"bo")
+        run.expect(rb"name\? bo")
+        pids = [run.pid, *map(int, re.findall(rb"started with pid (\d+)", run.output))]
+        assert len(pids) == 3 and run.modes() != run.before
+        for name in (b"b", b"!"):    # twice, as people do
+            run.type(b"\x1a")
+            eventually(lambda: {"T"} == set(map(state, pids)))
+            assert run.modes() == run.before
+            run.signal(signal.SIGCONT)
+            eventually(lambda: "T" not in map(state, pids) and run.modes() != run.before)
+            run.type(name)
+        run.type(b"\r")
+        run.expect(rb"\| hello bob!$")
+        app.joinpath("go").touch()
+        assert run.wait() == 0
+        assert run.modes() == run.before
+
+
+@needs_tmux
+def test_fg_continues_after_ctrl_z(tmp_path):
+    app = procfile(tmp_path, "web: while printf 'say '; read x; do echo got $x; stty size; done\n"
+                             "worker: sleep 300\n")
+    with Screen(app) as screen:
+        screen.start("--attach", "web")
+        screen.shows(r"web\.1 +\| say\Z")
+        screen.type("two wor")
+        screen.shows(r"web\.1 +\| say two wor\Z")
+        screen.type("", "C-z")
+        screen.shows(r"Stopped(.*\n)*" + SHELL)
+        screen.type("echo typed blindly", "Enter")
+        screen.shows(r"^[$#] echo typed blindly\ntyped blindly\n" + SHELL)
+        screen.tmux("resize-window", "-x", "100", "-y", "30")
+        screen.type("fg", "Enter")
+        screen.shows(r"web\.1 +\| say two wor\Z")
+        screen.type("ds", "Enter")
+        screen.shows(r"web\.1 +\| got two words\n.*web\.1 +\| 30 80\n.*web\.1 +\| say\Z")
+        screen.type("", "C-d")
+        screen.shows(r"exited with code 0\n(.*\n)*" + SHELL)
+
+
+WAYS_OUT = {    # how it ends -> (keys, signal to procrun, exit status)
+    "exit": (b"0\r", 0, 0), "crash": (b"3\r", 0, 3), "Ctrl-C": (b"\x03\x03", 0, 130),
+    "Ctrl-\\": (b"\x1c", 0, 131), "SIGTERM": (b"", signal.SIGTERM, 143),
+    "SIGHUP": (b"", signal.SIGHUP, 129), "kill -9": (b"", signal.SIGKILL, -9),
+    "kill -9 of the guard": (b"", None, 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_the_terminal_is_as_it_was_after(tmp_path, way):
+    keys, number, status = WAYS_OUT[way]
+    app = procfile(tmp_path, "web: printf 'status? '; read status; exit $status\n"
+                             "worker: sleep 300\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        web = int(run.expect(rb"web\.1 +\| started with pid (\d+)")[1])
+        run.expect(rb"\| status\? ")
+        assert run.modes() != run.before
+        run.type(keys)
+        if number is None:
+            with open("/proc/%d/stat" % web) as file:
+                os.kill(int(file.read().rpartition(")")[2].split()[1]), signal.SIGKILL)
+        elif number:
+            run.signal(number)
+        assert run.wait() == status
+        if number == signal.SIGKILL:    # done by another process, a moment later
+            eventually(lambda: run.modes() == run.before)
+        assert run.modes() == run.before
+
+
+def test_kill_9_while_stopped_restores_nothing_that_is_not_its_own(tmp_path):
+    app = procfile(tmp_path, "web: printf 'name? '; read name\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"\| name\? ")
+        run.type(b"\x1a")
+        eventually(lambda: state(run.pid) == "T")
+        others = run.modes()
+        others[3] &= ~termios.ECHO    # by the shell, say, or the next program
+        termios.tcsetattr(run.keyboard, termios.TCSANOW, others)
+        run.signal(signal.SIGKILL)
+        assert run.wait() == -9
+        eventually(lambda: not leftovers(run.tag))
+        assert run.modes() == others
+
+
+def test_the_terminal_closes_while_attached(tmp_path):
+    app = procfile(tmp_path, "web: printf 'name? '; read name; sleep 300\n"
+                             "worker: trap '' HUP; sleep 300\n")
+    with Terminal(app, "start", "--attach", "web") as run:
+        run.expect(rb"\| name\? ")
+        run.process.stdout.close()
+        assert run.process.wait(10) == 129
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--attach", "web"], rb"terminal"), (["--attach", "wep"], rb"wep.*web"),
+    (["--attach", "web.2"], rb"web\.2.*web"), (["--attach"], rb"--attach"),
+])
+def test_attach_errors_are_one_line(tmp_path, args, word):
+    with Run(procfile(tmp_path, "web: sleep 300\n"), "start", *args, **ALONE) as run:
+        assert run.wait() in (1, 2)
+        assert re.fullmatch(rb"procrun: [^\n]*" + word + rb"[^\n]*\n", run.output)
+
+
+SHOP = """
+def total(prices):
+    result = 0
+    for price in prices:
+        breakpoint()
+        result += price
+    return result
+
+print("total", total([2, 40]))
+"""
+
+
+@needs_tmux
+def test_a_debugger_is_stepped_through(tmp_path):
+    pytest.importorskip("readline")
+    tmp_path.joinpath("shop.py").write_text(SHOP)
+    app = procfile(tmp_path, "web: '%s' shop.py\n" % sys.executable
+                   + "worker: n=0; while :; do until [ -e job$n ]; do sleep 0.02; done;"
+                     " echo job $n is done; n=$((n+1)); done\n")
+    with Screen(app) as screen:
+        screen.start("--attach", "web", "--can-die", "web", "--color", "always")
+        prompt = r"^[\d:]{8} web\.1    \| \(Pdb\)"
+        screen.shows(prompt + r"\Z")
+        assert re.search(r"\x1b\[36m[\d:]{8} web\.1    \| \x1b\[(0|39)m\(Pdb\)", screen.text("-e"))
+        assert re.search(r"web\.1    \| -> result \+= price$", screen.text(), re.MULTILINE)
+        screen.type("p price * 1111", "Enter")
+        screen.shows(r"\| 2222\n" + prompt + r"\Z")
+        # History, and editing in the middle of the line.
+        screen.type("", "Up")
+        screen.shows(prompt + r" p price \* 1111\Z")
+        screen.type("", "Left", "Left", "BSpace", "9")
+        screen.shows(prompt + r" p price \* 1911\Z")
+        assert screen.tmux("display-message", "-p", "#{cursor_x}").strip() == "38"
+        # Others go on printing, above the line that is being typed.
+        app.joinpath("job0").touch()
+        screen.shows(r"worker\.1 \| job 0 is done\n" + prompt + r" p price \* 1911\Z")
+        assert screen.tmux("display-message", "-p", "#{cursor_x}").strip() == "38"
+        screen.type("", "Home", "Right", "Right")
+        screen.type("-", "End", "7", "Enter")
+        screen.shows(prompt + r" p -price \* 19117\n.*\| -38234\n" + prompt + r"\Z")
+        screen.type("", "Up", "Up")
+        screen.shows(prompt + r" p price \* 1111\Z")
+        app.joinpath("job1").touch()
+        screen.shows(r"job 1 is done\n" + prompt + r" p price \* 1111\Z")
+        screen.type("", "Down", "C-a", "C-k")
+        screen.type("n", "Enter")
+        screen.shows(r"-> for price in prices:\n" + prompt + r"\Z")
+        screen.type("p result", "Enter")
+        screen.shows(r"\| 2\n" + prompt + r"\Z")
+        screen.type("c", "Enter")
+        screen.shows(r"-> result \+= price\n" + prompt + r"\Z")
+        screen.type("c", "Enter")
+        screen.shows(r"web\.1    \| total 42\n.*web\.1    \| exited with code 0\Z")
+        screen.type("", "C-\\")
+        screen.shows(SHELL)
+
+
+# -- what a person expects
+
+def test_quiet_drops_output_and_tells_exits(tmp_path):
+    app = procfile(tmp_path, "a: echo a; head -c 3000000 /dev/zero; touch read\n"
+                             "b: echo b; " + UNTIL_THERE % "read" + UNTIL_THERE % "said" + "\n"
+                             "c: echo c; touch said; sleep 300\n")
+    with Run(app, "start", "-c", "c=2", "--quiet", "a,c.2", "--quiet=b", "--can-die", "a") as run:
+        assert run.wait() == 0
+        texts = {name: [each for each in run.lines(name) if not each.startswith(b"started")]
+                 for name in ("a.1", "b.1", "c.1", "c.2")}
+        assert texts == {"a.1": [b"exited with code 0"], "b.1": [b"exited with code 0"],
+                         "c.1": [b"c", b"terminated by SIGTERM"],
+                         "c.2": [b"terminated by SIGTERM"]}
+
+
+@pytest.mark.parametrize("end, why, least", [
+    ("sleep 0.3; exit 3", rb"exited with code 3", 0.3),
+    ("kill -9 $$", rb"terminated by SIGKILL", 0),
+])
+def test_the_end_says_why(tmp_path, end, why, least):
+    app = procfile(tmp_path, "web: %s\nworker: sleep 300\n" % end)
+    with Run(app, "start") as run:
+        run.wait()
+        why = run.expect(rb"system +\| web\.1 " + why + rb" after (.+) s, stopping the rest$")
+        assert least <= float(why[1]) < 5
+        assert b"killed" not in run.output
+
+
+DEAF_APP = "%s: trap '' TERM INT; echo deaf; read never\n"
+
+
+def test_who_is_waited_for_is_told_at_once_on_a_terminal(tmp_path):
+    app = procfile(tmp_path, DEAF_APP % "a" + DEAF_APP % "b")
+    with Terminal(app, "start", "-c", "b=2", "-t", "0.5") as run:
+        for name in (rb"a\.1", rb"b\.1", rb"b\.2"):
+            run.expect(name + rb" +\| deaf$")
+        run.type(b"\x03")
+        assert run.wait() == 130
+        run.expect(rb"waiting for a\.1, b\.1, b\.2 \(SIGKILL in [01] s; Ctrl-C kills now\)\n"
+                   rb"(.*\n)*.*sending SIGKILL.*\n(.*\n)*.*killed 3: a\.1, b\.1, b\.2$")
+
+
+def test_ctrl_c_kills_now_as_told(tmp_path):
+    with Run(procfile(tmp_path, DEAF_APP % "a"), "start", "-t", "60") as run:
+        run.expect(rb"deaf$")
+        run.signal(signal.SIGTERM)
+        run.expect(rb"waiting for a\.1 \(SIGKILL in 59 s; Ctrl-C kills now\)$")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 143
+        run.expect(rb"killed 1: a\.1$")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
+def test_a_port_that_is_taken(tmp_path, host):
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        try:
+            taken.bind((host, 0))
+        except OSError:
+            pytest.skip("no IPv6 here")
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with Run(procfile(tmp_path, "web: echo up $PORT\n"), "start", "-p", str(port - 1),
+                 "-c", "web=2", "--can-die", "web") as run:
+            assert run.wait() == 0
+            run.expect(rb"\bweb\.2: port %d is already in use$" % port)
+            assert run.output.count(b"web.2: port") == 1
+            assert run.lines("web.2")[1] == b"up %d" % port
+
+
+def test_a_port_of_connections_that_are_over_is_free(tmp_path):
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()    # who closes first is left in TIME_WAIT
+            assert client.recv(1) == b""
+    with Run(procfile(tmp_path, "web: echo up\n"), "start", "-p", str(port)) as run:
+        assert run.wait() == 0
+        assert b"already in use" not in run.output
+
+
+def test_without_a_procfile_an_example_is_shown(tmp_path):
+    with Run(tmp_path, "start") as run:
+        assert run.wait() == 1
+        lines = re.findall(rb"^procrun: (.*)$", run.output, re.MULTILINE)
+        assert len(lines) == run.output.count(b"\n") == 3 and b"Procfile" in lines[0]
+    with Run(procfile(tmp_path, b"\n".join(each.strip() for each in lines[1:])), "check") as run:
+        assert run.wait() == 0
+        assert re.match(rb"valid procfile detected \(\w+, \w+\)", run.output)
+
+
+def test_help_names_the_options_of_the_terminal(tmp_path):
+    with Run(tmp_path, "start", "--help") as run:
+        assert run.wait() == 0
+        for option in (rb"--pty", rb"--attach NAME", rb"--quiet NAME\[,NAME\]", rb"--color"):
+            assert re.search(rb"^  " + option, run.output, re.MULTILINE)
+
+
+# Command line ------------------------------------------------------------------------------------
+
+def test_check(tmp_path):
+    app = procfile(tmp_path, "web: x\nworker: y\n", "A=1\n")
+    assert ask(app, "check") == (0, b"valid procfile detected (web, worker)\n", b"")
+
+
+@pytest.mark.parametrize("args", ["version", "--version"])
+def test_version(tmp_path, args):
+    assert ask(tmp_path, args) == (0, b"procrun 0.1.0\n", b"")
+
+
+def test_help_is_a_page_with_examples_and_no_command_is_a_wrong_call(tmp_path):
+    status, page, errors = ask(tmp_path, "--help")
+    assert (status, errors) == (0, b"")
+    for word in (b"procrun.py start -c web=2", b"procrun.py run ", b"procrun.py check", b"version",
+                 b"Exit status", b"--procfile", b"--root", b"--env"):
+        assert word in page
+    status, out, errors = ask(tmp_path)
+    assert (status, out + errors) == (2, page)
+
+
+@pytest.mark.parametrize("command, told", [
+    ("start", b"x in ROOT"), ("run web", b"x in ROOT"),
+    ("run sh -c 'echo $A in $(pwd)'", b"x in ROOT"), ("check", b"valid procfile detected (web)"),
+])
+def test_common_options_before_and_after_the_command(tmp_path, command, told):
+    tmp_path.joinpath("root").mkdir()
+    tmp_path.joinpath("P").write_bytes(b"web: echo $A in $(pwd)\n")
+    tmp_path.joinpath("e").write_bytes(b"A=x\n")
+    told = told.replace(b"ROOT", os.path.realpath(str(tmp_path / "root")).encode())
+    first, *rest = shlex.split(command)
+    for before, after in [("-f P -d root -e e", ""), ("", "-f P -d root -e e"),
+                          ("--env=e --root root", "--procfile P")]:
+        status, out, errors = ask(tmp_path, *before.split(), first, *after.split(), *rest)
+        assert (status, errors) == (0, b"")
+        assert told in out
+
+
+def test_root_is_the_procfiles_folder_and_later_env_files_win(tmp_path):
+    for name in ("app", "other"):
+        tmp_path.joinpath(name).mkdir()
+        procfile(tmp_path / name, "web: echo of %s $A $B $C $(pwd)\n" % name,
+                 "A=%s\nB=dotenv" % name)
+    tmp_path.joinpath("one").write_bytes(b"A=one\nB=one\n")
+    tmp_path.joinpath("two").write_bytes(b"B=two\n")
+    tmp_path.joinpath("three").write_bytes(b"C=three\n")
+    here = os.path.realpath(str(tmp_path)).encode()
+    for args, told in [
+            ("-f app/Procfile", b"of app app dotenv %s/app"),
+            ("-d app", b"of app app dotenv %s/app"),
+            ("-f app/Procfile -d other", b"of app other dotenv %s/other"),
+            ("-f app/Procfile -e one", b"of app one one %s/app"),
+            ("-f app/Procfile -e one,two -e three", b"of app one two three %s/app"),
+            ("-f app/Procfile -e two --env=one", b"of app one one %s/app")]:
+        assert ask(tmp_path, "run", *args.split(), "web") == (0, told % here + b"\n", b"")
+
+
+@pytest.mark.parametrize("args", ["start -f -", "-f - start", "start --procfile=-"])
+def test_a_procfile_from_standard_input(tmp_path, args):
+    tmp_path.joinpath(".env").write_bytes(b"A=here\n")
+    status, out, errors = ask(tmp_path, *args.split(), input=b"web: echo $A $(pwd)\n")
+    assert (status, errors) == (0, b"")
+    assert b"| here %s\n" % os.path.realpath(str(tmp_path)).encode() in out
+
+
+@pytest.mark.parametrize("args, status, out", [
+    (["web"], 3, b"web.1 5100 [a  b]\n"), (["--", "web"], 3, b"web.1 5100 [a  b]\n"),
+    (["-p", "7000", "web"], 3, b"web.1 7100 [a  b]\n"),
+    (["echo", "a  b", "$A", "*"], 0, b"a  b $A *\n"),
+    (["sh", "-c", 'echo "$A"; exit 7'], 7, b"a  b\n"),
+    (["--", "echo", "--", "-f", "x", "--version"], 0, b"-- -f x --version\n"),
+    (["printf", "%s.", "-e", "", "--help", "\udcff"], 0, b"-e..--help.\xff."),
+    (["sh", "-c", "kill -9 $$"], -9, b""), (["sh", "-c", "kill -TERM $$"], -15, b""),
+    (["cat"], 0, b"typed"),
+])
+def test_run(tmp_path, args, status, out):
+    app = procfile(tmp_path, 'clock: x\nweb: echo $PS $PORT "[$A]"; exit 3\n', "A='a  b'")
+    assert ask(app, "run", *args, input=b"typed") == (status, out, b"")
+
+
+def test_run_becomes_the_command(tmp_path):
+    """The same process, session, group, terminal; default signal dispositions."""
+    script = "echo is $$; grep SigIgn /proc/$$/status; exec sleep 300"
+    with Run(tmp_path, "run", "sh", "-c", script) as run:
+        assert int(run.expect(rb"^is (\d+)$")[1]) == run.pid
+        if sys.platform.startswith("linux"):
+            run.expect(rb"^SigIgn:\t0000000000000000$")
+        run.signal(signal.SIGINT)
+        assert run.wait() == -signal.SIGINT
+
+
+@pytest.mark.parametrize("args, status", [
+    (["no-such-command"], 127), (["echo a"], 127), (["./missing"], 127), (["web", "now"], 127),
+    (["./plain"], 126), (["./folder"], 126),
+])
+def test_run_without_success(tmp_path, args, status):
+    tmp_path.joinpath("folder").mkdir()
+    tmp_path.joinpath("plain").write_bytes(b"#!/bin/sh\n")
+    found, out, errors = ask(procfile(tmp_path, "web: echo\n"), "run", *args)
+    assert (found, out) == (status, b"")
+    assert re.fullmatch(rb"procrun: %s: [^\n]+\n" % re.escape(args[0].encode()), errors)
+
+
+def test_run_needs_no_procfile(tmp_path):
+    tmp_path.joinpath(".env").write_bytes(b"A=1\n")
+    assert ask(tmp_path, "run", "sh", "-c", "echo $A") == (0, b"1\n", b"")
+
+
+KNOWN = "`nosuch`.* web, worker"
+
+
+@pytest.mark.parametrize("args, status, message", [
+    ("bogus", 2, "bogus"), ("--bogus", 2, ""), ("start --bogus", 2, "--bogus"), ("-f", 2, "-f"),
+    ("check now", 2, "now"), ("version now", 2, "now"), ("run", 2, ""), ("run --", 2, ""),
+    ("start nosuch", 2, KNOWN), ("start web nosuch", 2, KNOWN), ("start all", 2, "web, worker"),
+    ("start -c nosuch=1", 2, KNOWN), ("start -m nosuch=1", 2, KNOWN),
+    ("start --can-die nosuch", 2, KNOWN), ("start -c", 2, "-c"),
+    ("start -c web", 2, "web"), ("start -c web=", 2, "web="), ("start -c =2", 2, "=2"),
+    ("start -c web=-1", 2, "-1"), ("start -c web=x", 2, "x"), ("start -c web=1.5", 2, "1.5"),
+    ("start -c web=2,", 2, ""), ("start -c=", 2, ""), ("start -m web=\u0663", 2, ""),
+    ("start -m web", 2, "web"), ("start -m web=-1", 2, "-1"),
+    ("start -m all=0", 2, "nothing to run"), ("start -c web=0,worker=0", 2, "nothing to run"),
+    ("start web -c web=0", 2, "nothing to run"), ("start web -m worker=1", 2, "nothing to run"),
+    ("start -p x", 2, "x"), ("start -p -1", 2, "-1"), ("start -p 70000", 2, "70000"),
+    ("start -p 65436", 1, "worker.1.*65536"), ("start -c web=600 -p 65000", 1, "web.537.*65536"),
+    ("start -t x", 2, "x"), ("start -t -1", 2, "-1"), ("start -t nan", 2, "nan"),
+    ("start --color sometimes", 2, "sometimes"), ("start -f .", 1, "directory"),
+    ("check -f nosuch", 1, "nosuch: No such file"), ("start -e nosuch", 1, "nosuch: No such file"),
+    ("check -e .env,nosuch", 1, "nosuch: No such"), ("run -e nosuch true", 1, "nosuch: No such"),
+    ("start -d nosuch -f Procfile", 1, "nosuch"), ("run -d nosuch true", 1, "nosuch"),
+    ("start -d Procfile -f Procfile", 1, "Procfile"),
+])
+def test_errors_are_one_line(tmp_path, args, status, message):
+    app = procfile(tmp_path, "web: exec sleep 300\nworker: exec sleep 300\n", "A=1\n")
+    found, out, errors = ask(app, *args.split())
+    assert re.fullmatch("procrun: [^\n]*(%s)[^\n]*\n" % message, errors.decode()), errors
+    assert (found, out) == (status, b"")
+
+
+@pytest.mark.parametrize("text, env, lines", [
+    (b"web: a\nnope\nweb: b\n", b"", ["Procfile:2: .*colon.*", "Procfile:3: .*line 1.*"]),
+    (b"", b"", ["Procfile: no process types.*"]),
+    (b"# c\n", b"", ["Procfile: no process types.*"]),
+    (b"\xff\n", b"", ["Procfile:1: .*"]), (b"web: a\0\n", b"", ["Procfile:1: .*NUL.*"]),
+    (b"web: a\n", b"A=1\nB\n C=2\nD='\n", [".env:2: .*", ".env:4: .*quote.*"]),
+    (b"web: a\n", b"A\0\x1b[31m\xff\n", [r".env:1: [\x20-\x7e]+"]),
+    (b"web: a\n", b"PORT=http\n", ["PORT=http .*"]),
+    (b"web: a\n", b"PORT=99999\n", ["web.1: .*99999.*"]),
+])
+def test_errors_of_the_files(tmp_path, text, env, lines):
+    procfile(tmp_path, text, env)
+    for command in ["start"] + ["check"] * (b"PORT" not in env):
+        status, out, errors = ask(tmp_path, command)
+        expected = "".join("procrun: %s\n" % line for line in lines)
+        assert re.fullmatch(expected, errors.decode()), errors
+        assert (status, out) == (1, b"")
+
+
+@pytest.mark.parametrize("command", ["start", "check", "run web"])
+def test_no_procfile(tmp_path, command):
+    status, out, errors = ask(tmp_path, *command.split())
+    assert all(line.startswith(b"procrun: ") for line in errors.splitlines())
+    assert (status, out) == (127 if command == "run web" else 1, b"")
+    if command != "run web":
+        assert b"Procfile" in errors.splitlines()[0]
+
+
+def test_no_fork(tmp_path):
+    """As on Windows: without fork, and without the modules that only Unix has."""
+    wrapper = ("import os, runpy, sys\n"
+               "del os.fork, os.setsid, os.killpg, os.environb\n"
+               "unix = 'fcntl termios tty pty resource pwd grp'\n"
+               "sys.modules.update(dict.fromkeys(unix.split()))\n"
+               "sys.argv = sys.argv[1:]\n"
+               "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    for args in (["start"], ["version"], []):
+        status, out, errors = ask(procfile(tmp_path, "web: echo\n"), PROCRUN, *args,
+                                  python=("-S", "-c", wrapper))
+        assert (status, out) == (1, b"")
+        assert re.fullmatch(rb"procrun: [^\n]*fork[^\n]*\n", errors)
+
+
+# README, Makefile --------------------------------------------------------------------------------
+
+def read_me():
+    """The README."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def test_readme_holds_every_option_and_command(tmp_path):
+    options = set()
+    for command in ["", "start", "run", "check", "version", "export"]:
+        status, page, _ = ask(tmp_path, *command.split(), "--help")
+        for line in re.findall(r"^ +(-.*?)(?:  |$)", page.decode() * (status == 0), re.MULTILINE):
+            options.update(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line))
+    assert {"-f", "--procfile", "-c", "-m", "-t", "--can-die", "--color", "--no-prefix"} <= options
+    told = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", read_me()))
+    assert sorted(options - told - {"-h", "--help"}) == []
+    for command in ("start", "run", "check", "version"):
+        assert re.search(r"procrun(\.py)? %s\b|`%s\b" % (command, command), read_me())
+
+
+def free_port():
+    """A port that can be listened at, and so can the next."""
+    for port in range(20000 + os.getpid() % 9000, 60000, 2):
+        try:
+            for each in (port, port + 1):
+                socket.create_server(("", each)).close()
+            return port
+        except OSError:
+            continue
+
+
+def answer(port):
+    """The status of the answer to an HTTP GET, None if there is none."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/")
+        return connection.getresponse().status
+    except OSError:
+        return None
+    finally:
+        connection.close()
+
+
+def test_the_readmes_app(tmp_path):
+    """Two web instances, an HTTP GET answered on each PORT, Ctrl-C, nothing left."""
+    app = re.search(r"(?:^ *(?:web|worker|clock): .*\n)+", read_me(), re.MULTILINE)[0]
+    procfile(tmp_path, re.sub(r"^ +", "", app, flags=re.MULTILINE))
+    port = free_port()
+    with Run(tmp_path, "start", "-c", "web=2", "-p", str(port)) as run:
+        for number in (1, 2):
+            assert eventually(lambda: answer(port + number - 1)) == 200
+            run.expect(rb"web\.%d +\| .*GET / " % number)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert [answer(port), answer(port + 1)] == [None, None]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_demo(tmp_path):
+    tag, port = "PROCRUN_TEST=" + uuid.uuid4().hex, free_port()
+    demo = subprocess.Popen(
+        ["make", "-s", "demo", "DEMO=%s" % tmp_path, "ARGS=-p %d" % port,
+         "PYTHON=" + sys.executable],
+        cwd=HERE, env=dict([*os.environ.items(), tag.split("=")]), start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        assert eventually(lambda: answer(port)) == 200
+        os.killpg(demo.pid, signal.SIGINT)      # as the terminal does it
+        out = demo.communicate(timeout=20)[0]
+        assert all(re.search(rb"%s\.1 +\| terminated" % name, out) for name in [
+            b"web", b"worker", b"clock"])
+        eventually(lambda: not leftovers(tag))
+    finally:
+        for pid, _ in leftovers(tag):
+            os.kill(pid, signal.SIGKILL)
+        demo.wait()
+        demo.stdout.close()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_install(tmp_path):
+    subprocess.run(["make", "-s", "install", "DESTDIR=%s" % tmp_path, "PREFIX=/usr"], cwd=HERE,
+                   check=True)
+    installed = [sys.executable, "-S", str(tmp_path / "usr/bin/procrun"), "version"]
+    assert subprocess.run(installed, stdout=subprocess.PIPE).stdout == b"procrun 0.1.0\n"
+    assert os.access(installed[2], os.X_OK)
+
+
+def test_procrun_alone_is_enough(tmp_path):
+    """One copied file, the standard library alone, nothing written next to it."""
+    shutil.copy(PROCRUN, str(tmp_path / "procrun.py"))
+    procfile(tmp_path, "web: echo hello\n")
+    status, out, errors = ask(tmp_path, "start", python=("-I", "-S", "procrun.py"))
+    assert (status, errors) == (0, b"")
+    assert b"web.1  | hello\n" in out
+    assert sorted(os.listdir(str(tmp_path))) == ["Procfile", "procrun.py"]
+
+
+def test_the_files():
+    git = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE,
+                         stderr=subprocess.DEVNULL)
+    if git.returncode or b"procrun.py" not in git.stdout.split():
+        pytest.skip("not a clone")
+    assert set(git.stdout.decode().split()) == {
+        "procrun.py", "test_procrun.py", "README.md", "LICENSE", "Makefile", ".gitignore",
+        ".ci/run"}
+    for name, words in [("LICENSE", ["MIT License"]), (".ci/run", ["make test", "make test-all"])]:
+        with open(os.path.join(HERE, name)) as file:
+            text = file.read()
+        assert all(word in text for word in words)
+
+
+# Benchmark: python test_procrun.py bench [ROUNDS] ------------------------------------------------
+#
+# Nothing is asserted.  Each figure is the median of ROUNDS (5) measurements, taken in turn with
+# those of its yardstick: whatever else the machine does meets both.  Linux only, for /proc.
+
+PEERS = dict.fromkeys(("foreman", "honcho", "nf", "hivemind", "overmind"), "--version")
+PEERS.update(dict.fromkeys(("goreman", "forego"), "version"))    # what tells the version
+MILLION = 1000000
+SLEEPER = "echo $$ up; exec sleep 999"
+TICKER = (sys.executable + " -c \"import os, time; os.write(1, b'up\\n'); [os.write(1, b'%%f\\n'"
+          " %% time.monotonic()) and time.sleep(%s) for _ in range(%s)]\"")
+BARE_LOOP = ("import os\nfor _ in range(%d):\n"
+             "    os.fork() or os.execl('/bin/sh', 'sh', '-c', '" + SLEEPER + "')\nos.wait()")
+# Most peers stop the rest when one ends, so that their writers wait for the last of them; and
+# foreman blocks for ever if a pipe is full before it reads, so that they begin a little later.
+PEERS_WRITER = ("sleep .2; cat %s; rmdir left/$1 left 2>/dev/null\n"
+                "while [ -d left ]; do sleep .1; done\n")
+
+
+def in_turn(rounds, *measurements):
+    """Call the functions in turn, again and again; return the medians of all that they return."""
+    results = [[number for each in measurements for number in each()] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*results)]
+
+
+def app_of(folder, text):
+    """A new app's folder within this one."""
+    return procfile(pathlib.Path(tempfile.mkdtemp(dir=str(folder))), text)
+
+
+def timed(command, **options):
+    """Run a command; return the seconds that it takes."""
+    start = time.perf_counter()
+    subprocess.run(command, **options)
+    return time.perf_counter() - start
+
+
+def in_units(seconds):
+    """Seconds, as people read them."""
+    for factor, unit in (1, "s"), (1e3, "ms"), (1e6, "µs"):
+        if seconds * factor >= 0.999:
+            break
+    return "%.3g %s" % (seconds * factor, unit)
+
+
+def row(what, value, base=None, yardstick="", form=in_units):
+    """The cells of a row: procrun's figure, the yardstick's, and the ratio of the two."""
+    if base is None:
+        return [what, form(value), "", ""]
+    return [what, form(value), "%s, %s" % (form(base), yardstick), "%.2f" % (value / base)]
+
+
+# Throughput: the whole command, from start to exit
+
+def copied(command, folder, line, names):
+    """Run a command with its output in a file; return the seconds, and the lines not whole."""
+    for name in names:
+        os.makedirs(str(folder / "left" / name), exist_ok=True)
+    with open(str(folder / "out"), "wb") as out:
+        seconds = timed(command, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=out,
+                        stderr=subprocess.DEVNULL)
+    return seconds, MILLION - (folder / "out").read_bytes().count(line)
+
+
+def throughput(folder, rounds, peers, size, names):
+    """One process for each name, a million lines together.  Return for procrun, procrun into cat,
+    the yardstick and each of the peers (seconds, lines torn or lost)."""
+    data, line = folder / "data", b"x" * (size - 1)
+    data.write_bytes((line + b"\n") * (MILLION // len(names)))
+    app = app_of(folder, "".join("%s: cat %s\n" % (name, data) for name in names))
+    theirs = app_of(folder, "".join("%s: sh writer %s\n" % (name, name) for name in names))
+    theirs.joinpath("writer").write_text(PEERS_WRITER % data)
+    start = [sys.executable, PROCRUN, "start", "--can-die", ",".join(names)]
+    piped = ["sh", "-c", '"$@" | cat', "sh", *start]
+    sed = "cat %s | sed 's/^/12:00:00 a.1    | /'" % " ".join([str(data)] * len(names))
+    jobs = [(start, app), (piped, app), (["sh", "-c", sed], app)]
+    jobs += [(["timeout", "-k", "1", "300", name] + ["start"] * (name != "hivemind"), theirs)
+             for name in peers]
+    numbers = in_turn(rounds, *[lambda job=job: copied(*job, line, names) for job in jobs])
+    return list(zip(numbers[::2], numbers[1::2]))
+
+
+def not_whole(lines):
+    """A note, if there are such lines."""
+    return " (%d lines torn or lost)" % lines if lines > 0 else ""
+
+
+def throughput_rows(folder, rounds, peers):
+    """Yield the rows that the peers are part of."""
+    for what, size, names in [("1 000 000 lines of 80 bytes, into a file", 80, "a"),
+                              ("the same from 8 processes", 80, "abcdefgh"),
+                              ("1 000 000 lines of 9 bytes", 9, "a")]:
+        (own, torn), (piped, _), (sed, _), *others = throughput(folder, rounds, peers, size, names)
+        cells = row(what, own, sed, "`cat \\| sed`")
+        cells[1] += not_whole(torn)
+        yield cells + ["%s, %.0f ×%s" % (in_units(seconds), seconds / own, not_whole(torn))
+                       for seconds, torn in others]
+        if names == "a" and size == 80:
+            yield row("into a pipe to `cat`", piped, sed, "`cat \\| sed` into a file")
+
+
+# A few processes
+
+def all_up(process, count):
+    """Wait until so many processes have said `up`; return these lines."""
+    lines = (line for line in process.stdout if line.endswith(b"up\n"))
+    return list(itertools.islice(lines, count))
+
+
+def procrun_ids(run):
+    """The ids of procrun itself: it, and its helper."""
+    return [pid for pid, command in leftovers(run.tag) if PROCRUN.encode() in command]
+
+
+def total(pids, name, pattern):
+    """The sum over the processes of a number that stands in a file of /proc/ID."""
+    return sum(int(re.search(pattern, pathlib.Path("/proc/%d/%s" % (pid, name)).read_text())[1])
+               for pid in pids)
+
+
+def until_exit(run, pid, number):
+    """Send a signal; return the seconds until procrun has exited."""
+    start = time.perf_counter()
+    os.kill(pid, number)
+    run.process.wait()
+    return time.perf_counter() - start
+
+
+def drain(run, seconds):
+    """Read the output for so long; return the number of lines."""
+    run.output, deadline = b"", time.monotonic() + seconds
+    while time.monotonic() < deadline and run.read(max(0, deadline - time.monotonic())):
+        pass
+    return run.output.count(b"\n")
+
+
+def first_line(app):
+    """Seconds from the start to the first line of a process."""
+    start = time.perf_counter()
+    with Run(app, "start") as run:
+        all_up(run.process, 1)
+        seconds = time.perf_counter() - start
+        until_exit(run, run.pid, signal.SIGINT)
+    return [seconds]
+
+
+def latency(command, app=None):
+    """Seconds (the median) from a line's being written until it can be read."""
+    delays = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=app) as process:
+        for data in iter(lambda: os.read(process.stdout.fileno(), 1 << 16), b""):
+            now = time.monotonic()
+            delays += [now - float(each) for each in re.findall(rb"(\d+\.\d{6})\n", data)]
+    return [statistics.median(delays)]
+
+
+def cost(app, formation, count):
+    """CPU seconds of procrun for one short line, of lines that come one by one."""
+    with Run(app, "start", "-m", formation) as run:
+        all_up(run.process, count)
+        drain(run, 0.5)
+        pids = procrun_ids(run)
+        before = total(pids, "schedstat", r"(\d+)")
+        lines = drain(run, 2)
+        spent = total(pids, "schedstat", r"(\d+)") - before
+        until_exit(run, run.pid, signal.SIGINT)
+    return [spent / 1e9 / lines]
+
+
+def crash(app, count):
+    """Seconds from the death of one process to procrun's exit."""
+    with Run(app, "start", "-c", "a=%d" % count) as run:
+        return [until_exit(run, int(all_up(run.process, count)[0].split()[-2]), signal.SIGKILL)]
+
+
+def idle(app, count):
+    """Start idle processes; return the seconds until all are up, the KiB of procrun,
+    its wake-ups a second, and the seconds from Ctrl-C to its exit."""
+    start = time.perf_counter()
+    with Run(app, "start", "-c", "a=%d" % count) as run:
+        all_up(run.process, count)
+        up = time.perf_counter() - start
+        drain(run, 1)
+        pids, switches = procrun_ids(run), r"\nvoluntary_ctxt_switches:\s*(\d+)"
+        memory = total(pids, "smaps_rollup", r"Pss: *(\d+)")
+        before = total(pids, "status", switches)
+        drain(run, 2)
+        wakeups = (total(pids, "status", switches) - before) / 2
+        return up, memory, wakeups, until_exit(run, run.pid, signal.SIGINT)
+
+
+def bare_loop(count):
+    """Seconds until as many processes are up, started by nothing but fork and exec in a loop."""
+    start = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", BARE_LOOP % count], stdout=subprocess.PIPE,
+                          start_new_session=True) as process:
+        all_up(process, count)
+        seconds = time.perf_counter() - start
+        os.killpg(process.pid, signal.SIGKILL)
+    return [seconds]
+
+
+def other_rows(folder, rounds):
+    """Yield the rows that measure procrun alone."""
+    sleeper, forever = app_of(folder, "a: %s\n" % SLEEPER), MILLION
+    yield row("first line of a process on the screen",
+              *in_turn(rounds, lambda: first_line(sleeper),
+                       lambda: [timed([sys.executable, "-c", "pass"])]), "`python -c pass`")
+    _, memory, wakeups, down = in_turn(rounds, lambda: idle(sleeper, 10))
+    yield row("Ctrl-C to exit, 10 processes", down)
+    yield row("crash of one to exit, 10 processes", *in_turn(rounds, lambda: crash(sleeper, 10)))
+    ticks = TICKER % (0.01, 200)
+    stamps = app_of(folder, "a: %s\n" % ticks)
+    yield row("a line written, until it can be read", *in_turn(
+        rounds, lambda: latency([sys.executable, PROCRUN, "start"], str(stamps)),
+        lambda: latency(["sh", "-c", ticks + " | cat"])), "through `cat`")
+    chatty = app_of(folder, "a: %s\n" % (TICKER % (0.05, forever)))
+    yield row("400 short lines a second from 20 processes",
+              *in_turn(rounds, lambda: cost(chatty, "a=20", 20)),
+              form=lambda seconds: "%.1f %% of a core" % (seconds * 400 * 100))
+    yield row("idle, 10 processes", wakeups, form="{:.1f} wake-ups a second".format)
+    mebibytes = (lambda kib: "%.1f MiB" % (kib / 1024))
+    yield row("memory, 10 idle processes (PSS)", memory, form=mebibytes)
+    up, memory, _, down, bare = in_turn(rounds, lambda: idle(sleeper, 600), lambda: bare_loop(600))
+    yield row("600 processes: all up", up, bare, "a bare loop of fork and exec")
+    yield row("600 processes: Ctrl-C to exit", down)
+    yield row("600 processes: memory (PSS)", memory, form=mebibytes)
+    mixed = app_of(folder, "a: %s\nb: %s\nc: %s\n" % (
+        TICKER % (0.001, forever), TICKER % (0.004, forever), SLEEPER))
+    yield row("CPU for one line, 4 of 600 processes print", *in_turn(
+        rounds, lambda: cost(mixed, "b=4,c=596", 600), lambda: cost(mixed, "a=1", 1)),
+        "1 process alone")
+
+
+def machine():
+    """The processor, the cores and the kernel."""
+    model = re.search(r"model name\s*: (.*)|$", pathlib.Path("/proc/cpuinfo").read_text())[1]
+    return "%s, %d cores, %s %s" % (model or platform.machine(), os.cpu_count(),
+                                    platform.system(), platform.release())
+
+
+def version(*command):
+    """The number that a command gives for its version."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return "%s %s" % (command[0], re.search(r"\d[\w.]*|$", done.stdout.decode())[0])
+
+
+def bench(rounds=5):
+    """Print the table, row by row."""
+    peers = [name for name in PEERS if shutil.which(name)]
+    tools = [("sed", "--version")] + [(name, PEERS[name]) for name in peers]
+    print("Medians of %d on %s; procrun %s, Python %s, %s.\n" % (
+        rounds, machine(), procrun.VERSION, platform.python_version(),
+        ", ".join(version(*tool) for tool in tools)))
+    columns = ["what", "procrun", "yardstick", "ratio"] + peers
+    print("| %s |\n|%s" % (" | ".join(columns), " --- |" * len(columns)), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for cells in itertools.chain(throughput_rows(folder, rounds, peers),
+                                     other_rows(folder, rounds)):
+            print("| %s |" % " | ".join(cells + [""] * (len(columns) - len(cells))), flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
+    bench(*map(int, sys.argv[2:]))
