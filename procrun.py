@@ -562,7 +562,7 @@ def export_supervisord(plan, instances):
     It restarts without a pause, or after ever longer ones and not for ever: the shell pauses.
     """
     variables, prelude = carried(plan.variables, re.compile(r"(?a)[\w ./:,=@+-]*").fullmatch)
-    doubled = plan._replace(root=plan.root.replace("%", "%%"), log=plan.log.replace("%", "%%"))
+    doubled = plan._replace(root=plan.root.replace("%", "%%"))
     text = "; %s\n" % plan.mark
     for each in instances:
         values = fields(doubled, each, environment=",".join(
@@ -716,6 +716,8 @@ def plan_problem(plan, format):
             return "the path `%s` has characters that cannot be carried" % shown(os.fsencode(path))
     if format == "systemd" and re.search(r"[*?\[]", plan.location):
         return "the path `%s` cannot be carried: systemd takes it for a pattern" % plan.location
+    if format == "supervisord" and "%" in plan.log:
+        return "the path `%s` cannot be carried: supervisord expands its %% twice" % plan.log
     for name, value in plan.variables.items():
         if name[0].isdigit():
             return "the variable %s cannot be carried: its name starts with a digit" % name
