@@ -1841,7 +1841,7 @@ def marked(location, mark):
             try:
                 if stat.S_ISREG(os.lstat(path).st_mode):
                     with open(path, "rb") as file:
-                        ours = pattern.match(file.read())
+                        ours = pattern.match(file.read(CHUNK))
                     found += [os.path.relpath(path, location)] * bool(ours)
             except OSError:
                 pass
@@ -2295,8 +2295,9 @@ def build_parser():
     # Its prog is given, or argparse imports shutil to find out (4 ms).
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", prog="procrun")
     for name, (function, options, text) in COMMANDS.items():
-        formats = "".join("\n    %-12s %s: %s" % (key, each.help, each.start)
-                          for key, each in FORMATS.items()) if name == "export" else ""
+        formats = "".join("\n    %-12s %s: %s" % (
+            key, each.help, each.start.format(app="APP", location="LOCATION"))
+            for key, each in FORMATS.items()) if name == "export" else ""
         sub = commands.add_parser(name, help=text, description=text + formats)
         sub.add(COMMON, default=argparse.SUPPRESS)
         sub.add(options)
