@@ -1753,21 +1753,24 @@ class Supervisor:
         except OSError:
             pass    # it has ended, or was killed
 
+    def alive(self):
+        """The names of the instances that were started and have not ended."""
+        return [child.instance.name for child in self.children if child.pid and child in self.left]
+
     def send(self, number):
         """SIGTERM or SIGKILL to all that is left."""
         if self.left:
             self.say("sending %s to all processes" % signal_name(number))
         if number == signal.SIGKILL:
-            self.killed += [child.instance.name for child in self.children if child in self.left]
+            self.killed += self.alive()
         self.order(number)
 
     def tell(self):
         """Say who is waited for."""
-        names = [child.instance.name for child in self.children if child in self.left]
         for when, what in self.steps:
             if what == signal.SIGKILL and self.reports is not None:
                 self.say("waiting for %s (SIGKILL in %.0f s; Ctrl-C kills now)" % (
-                    ", ".join(names) or "what they left behind", when - time.monotonic()))
+                    ", ".join(self.alive()) or "what was left behind", when - time.monotonic()))
 
     def give_up(self):
         """The time is over.  While stdout takes something, go on; else end: what still holds a
