@@ -16,7 +16,8 @@ demo:
 	@echo 'The web server answers on http://localhost:5000/ (more instances: 5001, ...).  Ctrl-C ends it all.'
 	@$(PYTHON) procrun.py start -f $(DEMO)/Procfile $(ARGS) || [ $$? = 130 ]
 
-# The tests run with the first Python that has pytest: $(PYTHON) itself, else a virtual environment.
+# The tests run with the first Python that has pytest, $(PYTHON) itself or a virtual environment, in
+# two parts side by side.
 test:
 	@PYTHON='$(PYTHON)'; \
 	if ! $$PYTHON -c 'import pytest' 2>/dev/null; then \
@@ -32,7 +33,10 @@ test:
 	  fi; \
 	  PYTHON=$$venv/bin/python; \
 	fi; \
-	$$PYTHON -m pytest -q -p no:cacheprovider test_procrun.py $(ARGS)
+	mkdir -p build; \
+	PROCRUN_PART=1 $$PYTHON -m pytest -q -p no:cacheprovider test_procrun.py $(ARGS) >build/part-1 2>&1 & part=$$!; \
+	PROCRUN_PART=2 $$PYTHON -m pytest -q -p no:cacheprovider test_procrun.py $(ARGS); status=$$?; \
+	wait $$part || status=$$?; cat build/part-1; exit $$status
 
 # Every CPython from 3.8 on that is on PATH or under pyenv.
 test-all:

@@ -1640,7 +1640,7 @@ class Supervisor:
             self.begin(128 + number)
         elif number in (signal.SIGINT, signal.SIGTERM):
             if self.reports is None:
-                self.over = True    # only stdout is waited for
+                self.over = self.sink.full    # only stdout is waited for
             elif any(what == signal.SIGKILL for _, what in self.steps):
                 self.steps = hurried(time.monotonic())
 
