@@ -1165,9 +1165,9 @@ class Guard:
         return pid, order, report
 
     def run(self, orders):
-        """The forked side.  A session of its own, and all signals blocked, but for SIGCHLD when all
-        children are forked: neither Ctrl-C nor a closed terminal reach it, and no signal is lost
-        between two owners, it and a child.  It holds nothing that anybody waits for."""
+        """The forked side.  A session of its own, and all signals blocked but SIGCHLD, that until
+        all children are forked: neither Ctrl-C nor a closed terminal reach it, and no signal is
+        lost between two owners, it and a child.  It holds nothing that anybody waits for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
@@ -1254,8 +1254,8 @@ class Guard:
                 signal_leader(group, number)
 
     def pursue(self):
-        """During a shutdown: the last signal to the groups that did not get it yet; SIGKILL to all,
-        for it cannot be too much, and a word on those who are not in an instance's group."""
+        """During a shutdown: the last signal to the groups that did not get it yet; SIGKILL to
+        all, which cannot be too much, and a word on those that are in no instance's group."""
         groups, killing = self.groups(), self.last == signal.SIGKILL
         for pid in self.adopted() if killing else ():
             if os.getpgid(pid) not in self.told:
@@ -1675,9 +1675,11 @@ class Supervisor:
     def resize(self):
         """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
         columns, rows = 80, 24
-        if os.isatty(1):
+        try:
             self.printer.columns, rows = os.get_terminal_size(1)
             columns = max(1, self.printer.columns - self.printer.style.columns)
+        except OSError:
+            pass
         for child in self.children:
             if child.terminal and child.fd is not None:
                 size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
@@ -1831,23 +1833,28 @@ def write_new(path, mode, data):
         os.fsync(fd)
 
 
+def begins_with(path, pattern):
+    """Whether a regular file begins as the compiled pattern says; what cannot be read does not."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return bool(pattern.match(file.read(CHUNK)))
+    except OSError:
+        return False
+
+
 def marked(location, mark):
     """Return the relative paths of the files in a folder, and two levels deeper, whose first
-    comment begins with the mark (bytes); links are not followed, what cannot be read is left."""
+    comment begins with the mark (bytes); links are not followed."""
     first = rb'(?:.*\n){0,2}(?:# |; |<!-- )%s|\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
     pattern = re.compile(first % (re.escape(mark), re.escape(mark)))
     found = []
     for folder, folders, names in os.walk(location):
         if os.path.relpath(folder, location).count(os.sep):
             folders.clear()
-        for path in (os.path.join(folder, name) for name in names):
-            try:
-                if stat.S_ISREG(os.lstat(path).st_mode):
-                    with open(path, "rb") as file:
-                        ours = pattern.match(file.read(CHUNK))
-                    found += [os.path.relpath(path, location)] * bool(ours)
-            except OSError:
-                pass
+        paths = (os.path.join(folder, name) for name in names)
+        found += [os.path.relpath(path, location) for path in paths if begins_with(path, pattern)]
     return sorted(found)
 
 
@@ -2209,61 +2216,62 @@ def seconds(text):
     return value
 
 
-def port(text):
+def port_number(text):
     """An argparse type: a port."""
     if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise ValueError(text)
     return int(text)
 
 
-def option(*flags, **details):
+def argument(*flags, **details):
     """One argument of a command, as argparse's add_argument() takes it."""
     return flags, details
 
 
 COMMON = [
-    option("-f", "--procfile", metavar="FILE",
-           help="the Procfile (default: Procfile; - is standard input)"),
-    option("-d", "--root", metavar="DIR",
-           help="where the commands run and .env is (default: the Procfile's folder)"),
-    option("-e", "--env", metavar="FILE[,FILE]", action="append",
-           help="read these instead of .env; repeatable")]
+    argument("-f", "--procfile", metavar="FILE",
+             help="the Procfile (default: Procfile; - is standard input)"),
+    argument("-d", "--root", metavar="DIR",
+             help="where the commands run and .env is (default: the Procfile's folder)"),
+    argument("-e", "--env", metavar="FILE[,FILE]", action="append",
+             help="read these instead of .env; repeatable")]
 COUNTS = dict(metavar="NAME=N[,NAME=N]", action="append", type=parse_counts)
 NAMES = dict(metavar="NAME[,NAME]", action="append")
-BASE_PORT = option("-p", "--port", type=port, metavar="N",
-                   help="base port (default: PORT of .env or the environment, or 5000)")
+BASE_PORT = argument("-p", "--port", type=port_number, metavar="N",
+                     help="base port (default: PORT of .env or the environment, or 5000)")
 FORMATION = [
-    option("-c", "--concurrency", help="so many instances; types not named stay at 1", **COUNTS),
-    option("-m", "--formation", help="the same, but types not named are not run; all=N says how "
-           "many of them", **COUNTS),
+    argument("-c", "--concurrency", help="so many instances; types not named stay at 1", **COUNTS),
+    argument("-m", "--formation", help="the same, but types not named are not run; all=N says how "
+             "many of them", **COUNTS),
     BASE_PORT,
-    option("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
-           help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")]
+    argument("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
+             help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")]
 START = FORMATION + [
-    option("names", nargs="*", metavar="NAME", help="run these process types only"),
-    option("--can-die", help="an exit 0 of these does not end the set", **NAMES),
-    option("--quiet", help="drop the output of these; their exits are told", **NAMES),
-    option("--pty", action="store_true", help="give each process a terminal of its own"),
-    option("--attach", metavar="NAME", help="give the keyboard to an instance (web, or web.2)"),
-    option("--color", choices=("auto", "always", "never"), default="auto",
-           help="colour the prefixes (default: auto, on a terminal); never: take out all colours"),
-    option("--no-timestamp", dest="timestamp", action="store_false",
-           help="no time in front of the lines"),
-    option("--no-prefix", dest="prefix", action="store_false",
-           help="nothing in front of the lines")]
-RUN = [BASE_PORT, option("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
-                         help="a process type, or a command with its arguments")]
+    argument("names", nargs="*", metavar="NAME", help="run these process types only"),
+    argument("--can-die", help="an exit 0 of these does not end the set", **NAMES),
+    argument("--quiet", help="drop the output of these; their exits are told", **NAMES),
+    argument("--pty", action="store_true", help="give each process a terminal of its own"),
+    argument("--attach", metavar="NAME", help="give the keyboard to an instance (web, or web.2)"),
+    argument("--color", choices=("auto", "always", "never"), default="auto",
+             help="colour the prefixes (default: auto, on a terminal); never: and no others"),
+    argument("--no-timestamp", dest="timestamp", action="store_false",
+             help="no time in front of the lines"),
+    argument("--no-prefix", dest="prefix", action="store_false",
+             help="nothing in front of the lines")]
+RUN = [BASE_PORT, argument("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
+                           help="a process type, or a command with its arguments")]
 EXPORT = FORMATION + [
-    option("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)),
-    option("location", metavar="LOCATION", help="the folder to write to, made if missing"),
-    option("-a", "--app", metavar="NAME", help="the app's name (default: the root directory's)"),
-    option("-u", "--user", metavar="USER", help="who runs it (default: the app's name)"),
-    option("-l", "--log", metavar="DIR",
-           help="log to files DIR/web-1.log (default: the manager's own logging)"),
-    option("--image", metavar="IMAGE", help="the container image (kubernetes)"),
-    option("--user-units", action="store_true", help="units for systemctl --user (systemd)"),
-    option("--dry-run", action="store_true", help="print the files, values masked; write nothing"),
-    option("--force", action="store_true", help="overwrite files that are not of this app")]
+    argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)),
+    argument("location", metavar="LOCATION", help="the folder to write to, made if missing"),
+    argument("-a", "--app", metavar="NAME", help="the app's name (default: the root directory's)"),
+    argument("-u", "--user", metavar="USER", help="who runs it (default: the app's name)"),
+    argument("-l", "--log", metavar="DIR",
+             help="log to files DIR/web-1.log (default: the manager's own logging)"),
+    argument("--image", metavar="IMAGE", help="the container image (kubernetes)"),
+    argument("--user-units", action="store_true", help="units for systemctl --user (systemd)"),
+    argument("--dry-run", action="store_true",
+             help="print every file with its values masked, write nothing"),
+    argument("--force", action="store_true", help="overwrite files that are not of this app")]
 COMMANDS = {
     "start": (cmd_start, START, "run the process types until one of them ends"),
     "run": (cmd_run, RUN, "run one process type, or any command, in the foreground"),

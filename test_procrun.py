@@ -62,6 +62,8 @@ def compiled():
     return sys.executable, "-S", file
 
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)    # or under nohup no child would have it
+
 # Signals 32 and 33 are the C library's, and GNU make starts its children with them ignored.
 OWN_SIGNALS = ~(3 << 31)
 
