@@ -1767,7 +1767,7 @@ def test_a_directory_where_a_file_should_be(tmp_path, format):
         assert tree(location) == before
 
 
-@pytest.mark.parametrize("format, there", zip(FORMATS, [True, False] * 3))
+@pytest.mark.parametrize("format, there", list(zip(FORMATS, [True, False] * 3)))
 def test_a_symlink_in_the_way_is_not_followed(tmp_path, format, there):
     location, target = tmp_path / "out", tmp_path / "target"
     procfile(tmp_path, "web: a\n")
@@ -1854,8 +1854,8 @@ def test_what_cannot_be_carried_is_refused(tmp_path, format, options, said):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("format, text", zip(FORMATS * 2, [
-    b"A=1\n1X=2\n", b"A='\0'\n", b"A=x\0y\n"] * 4))
+@pytest.mark.parametrize("format, text", list(zip(FORMATS * 2, [
+    b"A=1\n1X=2\n", b"A='\0'\n", b"A=x\0y\n"] * 4)))
 def test_variables_that_cannot_be_carried_are_refused(tmp_path, format, text):
     export(procfile(tmp_path, "web: a\n", text), format, "out", status=1)
     assert not (tmp_path / "out").exists()
