@@ -3769,7 +3769,9 @@ def test_a_debugger_is_stepped_through(tmp_path):
         prompt = r"^[\d:]{8} web\.1    \| \(Pdb\)"
         screen.shows(prompt + r"\Z")
         assert re.search(r"\x1b\[36m[\d:]{8} web\.1    \| \x1b\[(0|39)m\(Pdb\)", screen.text("-e"))
-        assert re.search(r"web\.1    \| -> result \+= price$", screen.text(), re.MULTILINE)
+        if "-> breakpoint()" in screen.text():    # Python 3.13 stops at the call itself
+            screen.type("n", "Enter")
+        screen.shows(r"web\.1    \| -> result \+= price\n" + prompt + r"\Z")
         screen.type("p price * 1111", "Enter")
         screen.shows(r"\| 2222\n" + prompt + r"\Z")
         # History, and editing in the middle of the line.
@@ -3795,7 +3797,7 @@ def test_a_debugger_is_stepped_through(tmp_path):
         screen.type("p result", "Enter")
         screen.shows(r"\| 2\n" + prompt + r"\Z")
         screen.type("c", "Enter")
-        screen.shows(r"-> result \+= price\n" + prompt + r"\Z")
+        screen.shows(r"-> (result \+= price|breakpoint\(\))\n" + prompt + r"\Z")
         screen.type("c", "Enter")
         screen.shows(r"web\.1    \| total 42\n.*web\.1    \| exited with code 0\Z")
         screen.type("", "C-\\")
