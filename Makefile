@@ -13,7 +13,7 @@ demo:
 	  'web: exec $(PYTHON) -m http.server $$PORT' \
 	  'worker: n=0; while :; do n=$$((n+1)); echo "job $$n done"; sleep 3; done' \
 	  'clock: while :; do date; sleep 10; done' > $(DEMO)/Procfile
-	@echo 'The web server answers on http://localhost:5000/ (more instances: 5001, ...).  Ctrl-C ends it all.'
+	@echo 'The web server answers on http://localhost:PORT/, with the PORT of web.1 below.  Ctrl-C ends it all.'
 	@$(PYTHON) procrun.py start -f $(DEMO)/Procfile $(ARGS) || [ $$? = 130 ]
 
 # The tests run with the first Python that has pytest, $(PYTHON) itself or a virtual environment, in

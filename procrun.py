@@ -17,6 +17,7 @@ Words (each has one meaning, here and in every message):
     concurrency   how many instances of one type               web=2
     formation     the concurrency of every type                web=2,worker=4
     instance      one of them, with a PORT of its own          web.2, PORT=5001
+    set           all instances that run together
     child         a forked instance; its process id is also its session and its group
     leader, group the child itself, and it with all that it started and that stayed in its group
     guard         procrun's helper process, the parent of all children
@@ -40,8 +41,9 @@ a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot 
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - Only ids that the kernel still reserves for us are signalled: dead children are looked at,
 #   their group is signalled, and only then are they reaped.
-# - Nothing but select() waits.  Signals arrive as bytes in a pipe, stdout is waited for like any
-#   other file descriptor, and while it takes nothing no child is read: that is the back-pressure.
+# - Nothing but select() waits as long as there is anything to do.  Signals arrive as bytes in a
+#   pipe, stdout is waited for like any other file descriptor, and while it takes nothing no child
+#   is read: that is the back-pressure.
 import errno
 import os
 import re
@@ -163,7 +165,6 @@ def parse_procfile(text, source="Procfile"):
 # Environment: text -> variables ------------------------------------------------------------------
 
 ENV_NAME = rb"[ \t]*(?:export[ \t]+)?([A-Za-z_0-9]+)[ \t]*="
-ENV_QUOTED = {b"'": rb"(?s)[ \t]*'([^']*)'", b'"': rb'(?s)[ \t]*"([^"\\]*(?:\\.[^"\\]*)*)"'}
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
 
 
@@ -179,18 +180,23 @@ def env_value(text, start):
     Raises ValueError(what is wrong, where its last line ends) if it is quoted, but not well.
     """
     end = line_end(text, start)
-    quote = text[start:end].lstrip(b" \t")[:1]
-    if quote not in ENV_QUOTED:
-        return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t\r"), end
-    quoted = re.compile(ENV_QUOTED[quote]).match(text, start)
-    if not quoted:
-        raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
-    end = line_end(text, quoted.end())
-    if text[quoted.end():end].strip(b" \t\r")[:1] not in (b"", b"#"):
-        raise ValueError("text after the closing quote; only a comment may follow", end)
+    bare = text[start:end].lstrip(b" \t")
+    quote, first = bare[:1], end - len(bare) + 1
     if quote == b"'":
-        return quoted[1], end
-    return re.sub(rb'\\([nt"\\$])', lambda match: ENV_ESCAPES[match[1]], quoted[1]), end
+        last = text.find(quote, first)
+    elif quote == b'"':
+        marks = re.compile(rb'\\[\s\S]|"').finditer(text, first)
+        last = next((each.start() for each in marks if each[0] == quote), -1)
+    else:
+        return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t\r"), end
+    if last < 0:
+        raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
+    value, end = text[first:last], line_end(text, last)
+    if text[last + 1:end].strip(b" \t\r")[:1] not in (b"", b"#"):
+        raise ValueError("text after the closing quote; only a comment may follow", end)
+    if quote == b'"':
+        value = re.sub(rb'\\([nt"\\$])', lambda match: ENV_ESCAPES[match[1]], value)
+    return value, end
 
 
 def parse_env(text, source=".env"):
@@ -300,7 +306,7 @@ def base_port(option, *environments):
         return option
     text = next((each[b"PORT"] for each in environments if b"PORT" in each), b"5000")
     if not re.fullmatch(rb"[0-9]{1,5}", text):
-        raise Failure("PORT=%s in the environment is not a port; set it, or use -p" % shown(text))
+        raise Failure("PORT=%s in .env or the environment is not a port; use -p" % shown(text))
     return int(text)
 
 
@@ -697,8 +703,10 @@ FORMATS = {
 
 def kubernetes_problem(plan):
     """What Kubernetes alone cannot carry, or None."""
-    if not plan.image or plan.log:
-        return "kubernetes needs --image, and keeps the logs itself: leave -l out"
+    if not plan.image:
+        return "kubernetes needs --image IMAGE"
+    if plan.log:
+        return "kubernetes keeps the logs itself; leave -l out"
     for name in ["%s-%s" % (plan.app, each.name) for each in plan.types]:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
             return "kubernetes takes no name `%s`: only a-z, 0-9 and -, at most 63" % name
@@ -947,6 +955,16 @@ def widen(fd, capacity):
         pass    # not Linux, not a pipe, or beyond the user's share: it works with less
 
 
+def tell(text):
+    """Write text to stdout; raises Failure."""
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        while data:
+            data = data[os.write(1, data):]
+    except OSError as error:
+        raise Failure("cannot write the output: %s" % error.strerror)
+
+
 # Signals: asynchronous -> readable ---------------------------------------------------------------
 
 ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
@@ -989,16 +1007,6 @@ def signal_group(group, number):
     except (ProcessLookupError, PermissionError):    # macOS says EPERM of a group of zombies
         return False
     return True
-
-
-def signal_leader(pid, number):
-    """Send a signal to the group of a leader that is not reaped; between fork and setsid there is
-    no group yet, but the leader."""
-    if not signal_group(pid, number):
-        try:
-            os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
 
 # Child: one instance, forked ---------------------------------------------------------------------
@@ -1082,6 +1090,9 @@ def become(ground, child, reports):
 
 # Guard: the set outlives nobody ------------------------------------------------------------------
 
+CHILDREN = "/proc/thread-self/children"
+
+
 def become_subreaper():
     """Have orphaned descendants become our children (Linux); return whether that is so."""
     try:
@@ -1094,7 +1105,7 @@ def become_subreaper():
 def own_children():
     """The process ids of all children, adopted ones included (Linux; elsewhere none), as a set."""
     try:
-        with open("/proc/thread-self/children") as file:
+        with open(CHILDREN) as file:
             return set(map(int, file.read().split()))
     except OSError:
         return set()
@@ -1173,7 +1184,7 @@ class Guard:
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # one of them is closed already
-        self.adopts = become_subreaper()
+        self.adopts = become_subreaper() and os.path.exists(CHILDREN)
         signals, wakeup = pipe(False, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self.selector = selectors.DefaultSelector()
@@ -1251,25 +1262,29 @@ class Guard:
             self.pursue()
         else:
             for group in self.groups():
-                signal_leader(group, number)
+                self.signal(group, number)
+
+    def signal(self, group, number):
+        """Signal a group; between fork and setsid there is none yet, but the leader."""
+        if not signal_group(group, number) and group in self.leaders:
+            os.kill(group, number)
 
     def pursue(self):
         """During a shutdown: the last signal to the groups that did not get it yet; SIGKILL to
         all, which cannot be too much, and a word on those that are in no instance's group."""
         groups, killing = self.groups(), self.last == signal.SIGKILL
         for pid in self.adopted() if killing else ():
-            if os.getpgid(pid) not in self.told:
+            if os.getpgid(pid) not in self.told | set(self.leaders):
                 self.report(b"killed", 0, pid)
         for group in groups if killing else groups - self.told:
-            signal_leader(group, self.last)
-            signal_leader(group, signal.SIGCONT)    # or a stopped one would not see its SIGTERM
+            self.signal(group, self.last)
+            self.signal(group, signal.SIGCONT)    # or a stopped one would not see its SIGTERM
         self.told |= groups
 
     def reap(self):
         """Look at each dead child, act, and only then reap it: until then its id is its own."""
         try:
-            pid, status = peek()
-            while pid:
+            for pid, status in iter(peek, (None, None)):
                 child = self.leaders.pop(pid, None)
                 if child and not self.adopts and signal_group(pid, 0):
                     self.orphaned.add(pid)
@@ -1277,7 +1292,6 @@ class Guard:
                     os.waitpid(pid, 0)
                 if child:
                     self.report(b"ended", child.place, status)
-                pid, status = peek()
         except ChildProcessError:
             self.over = not (self.waiting or self.orphaned)
         self.orphaned = {group for group in self.orphaned if signal_group(group, 0)}
@@ -1295,9 +1309,12 @@ class Sink:
         self.fd, self.full, self.error = fd, False, None
         self.moved = 0            # bytes written so far
         self.most = None          # bytes to write at once, None: any number
-        status = os.fstat(fd)
-        self.waits = not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
-                          or os.path.samestat(status, os.stat(os.devnull)))
+        self.selector = selectors.DefaultSelector()
+        try:
+            self.selector.register(fd, selectors.EVENT_WRITE)
+            self.waits = not stat.S_ISREG(os.fstat(fd).st_mode)
+        except OSError:           # epoll takes no files, nor /dev/null and /dev/full
+            self.waits = False
         if self.waits:
             self.open_again()
 
@@ -1312,8 +1329,6 @@ class Sink:
             widen(self.fd, CHUNK)
         except OSError:
             self.most = 512
-            self.selector = selectors.DefaultSelector()
-            self.selector.register(self.fd, selectors.EVENT_WRITE)
 
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes."""
@@ -1355,16 +1370,22 @@ class Keyboard:
         modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
         characters = [modes[6][each] for each in (termios.VINTR, termios.VQUIT, termios.VSUSP)]
         self.keys = dict(zip(characters, (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP)))
-        self.keys.pop(b"\0", None)          # a key that is switched off
+        self.keys.pop(bytes([os.fpathconf(0, "PC_VDISABLE") & 255]), None)    # switched off
         self.interrupted = float("-inf")    # when the key of SIGINT was last pressed (monotonic)
         self.set(modes)
         self.raw = termios.tcgetattr(0)     # as the terminal has it
+        try:
+            self.path = os.ttyname(0)
+        except OSError:
+            self.path = os.devnull          # a terminal of another mount namespace
 
     def set(self, modes):
-        """Set the terminal's modes, to .raw or .old."""
+        """Set the terminal's modes, to .raw or .old; not from the background, where SIGTTOU would
+        stop procrun: `fg` brings a SIGCONT."""
         try:
-            termios.tcsetattr(0, termios.TCSANOW, modes)
-        except termios.error:
+            if os.tcgetpgrp(0) == os.getpgrp():
+                termios.tcsetattr(0, termios.TCSANOW, modes)
+        except (OSError, termios.error):
             pass    # it is gone
 
     def split(self, typed):
@@ -1386,13 +1407,13 @@ def ports_taken(ports):
     import _socket    # the module that socket wraps; that one would take 3 ms to import
     taken = []
     for port in ports:
-        probe = _socket.socket()
-        probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         try:
+            probe = _socket.socket()
+            probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
             probe.bind(("", port))
         except OSError as error:
             taken += [port] * (error.errno == errno.EADDRINUSE)
-        probe.close()
+        probe = None    # closes it
     return taken
 
 
@@ -1451,7 +1472,7 @@ class Supervisor:
             self.attached, self.printer.prompt = attached, attached.source
             self.keyboard = Keyboard()
             self.watch(0, self.on_keys)
-            terminal = os.ttyname(0), self.keyboard.raw, self.keyboard.old
+            terminal = self.keyboard.path, self.keyboard.raw, self.keyboard.old
         stdin, self.unwritten = os.pipe()
         guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, terminal)
         self.resize()
@@ -1574,8 +1595,7 @@ class Supervisor:
         child.status = status
         self.left.discard(child)
         child.release()
-        if child.fd is None:
-            self.settle(child)
+        self.settle(child)
         self.drain(child)
         if self.status is None and (status != 0 or child.instance not in self.options.can_die):
             self.begin(status if status >= 0 else 128 - status, child)
@@ -1609,10 +1629,10 @@ class Supervisor:
         leaders, by their ids)."""
         for child in self.left:
             if child.pid:
-                signal_leader(child.pid, signal.SIGKILL)
+                signal_group(child.pid, signal.SIGKILL)
         while own_children() - self.strangers:
             for pid in own_children() - self.strangers:
-                signal_leader(os.getpgid(pid), signal.SIGKILL)
+                signal_group(os.getpgid(pid), signal.SIGKILL)
                 os.waitpid(pid, 0)
 
     # -- signals and keys
@@ -1647,17 +1667,19 @@ class Supervisor:
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
         try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            pid = True
             while pid:
+                pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == self.guard:
                     self.guard_status = status
-                pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             pass
 
     def pause(self):
         """Ctrl-Z: the children are in sessions of their own, where the terminal's SIGTSTP does not
         reach them and their own would be ignored (orphaned groups), so it is SIGSTOP for all."""
+        if os.getpid() == 1:
+            return    # process 1 cannot be stopped
         self.order(signal.SIGSTOP)
         self.printer.close_line()
         self.sink.write(self.printer.queue)
@@ -1676,19 +1698,21 @@ class Supervisor:
         """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
         columns, rows = 80, 24
         try:
-            self.printer.columns, rows = os.get_terminal_size(1)
-            columns = max(1, self.printer.columns - self.printer.style.columns)
+            wide, high = os.get_terminal_size(1)
+            if wide and high:    # a terminal that was never told has 0x0
+                self.printer.columns, rows = wide, high
+                columns = max(1, wide - self.printer.style.columns)
         except OSError:
             pass
+        size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
         for child in self.children:
             if child.terminal and child.fd is not None:
-                size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
                 fcntl.ioctl(child.fd, termios.TIOCSWINSZ, size)
 
     def on_keys(self):
         """Keys for the attached child; those of signals end the set, or stop it."""
         typed, now = read_some(0), time.monotonic()
-        if not typed:
+        if typed == b"":
             self.unwatch(0)
         for number, data in self.keyboard.split(typed or b""):
             first = self.status is None and now - self.keyboard.interrupted > 1
@@ -1721,8 +1745,6 @@ class Supervisor:
 
     def begin(self, status, child=None):
         """Begin the shutdown; `status` is procrun's, `child` the one that caused it, if any."""
-        if self.status is not None:
-            return
         self.status, now = status, time.monotonic()
         if child:
             self.say("%s %s after %.1f s, stopping the rest" % (
@@ -1785,7 +1807,9 @@ class Supervisor:
         for child in self.children:
             self.drain(child)
             if child.fd is not None and child.pid:
-                self.say("its output is still held by a process that left its group", child.source)
+                self.printer.finish(child.source)
+                self.say("its output is still held by a process that could not be ended",
+                         child.source)
         self.flush()
 
     def finished(self):
@@ -1794,7 +1818,7 @@ class Supervisor:
                              and all(child.fd is None for child in self.children))
 
     def turn(self):
-        """Wait for something to happen, and act upon it.  The only place that waits."""
+        """Wait for something to happen, and act upon it."""
         times = [when for when, _ in self.steps[:1]]
         if self.partial and not self.sink.full:
             times.append(next(iter(self.partial.values())))
@@ -1814,8 +1838,10 @@ class Supervisor:
         if self.guard:
             self.order(signal.SIGKILL)
             os.close(self.orders)
-            if self.reports is not None and self.bury_guard() != 0:
-                self.take_over()
+            if self.reports is not None:
+                os.close(self.reports)    # or the guard could wait for somebody to read them
+                if self.bury_guard() != 0:
+                    self.take_over()
         if self.keyboard:
             self.keyboard.set(self.keyboard.old)
         signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
@@ -1848,7 +1874,8 @@ def marked(location, mark):
     """Return the relative paths of the files in a folder, and two levels deeper, whose first
     comment begins with the mark (bytes); links are not followed."""
     first = rb'(?:.*\n){0,2}(?:# |; |<!-- )%s|\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
-    pattern = re.compile(first % (re.escape(mark), re.escape(mark)))
+    mark = re.escape(mark).replace(rb"\-\-", rb"\-(?:\-|&#45;)")    # as an XML comment has it
+    pattern = re.compile(first % (mark, mark))
     found = []
     for folder, folders, names in os.walk(location):
         if os.path.relpath(folder, location).count(os.sep):
@@ -1904,7 +1931,7 @@ def install(location, files):
         for path in paths:
             if os.path.lexists(path):
                 replaced.append(beside(path, "old"))
-                undo.append((os.replace, replaced[-1], path))
+                undo += (os.unlink, replaced[-1]), (os.replace, replaced[-1], path)
                 keep_aside(path, replaced[-1])
             else:
                 undo.append((os.unlink, path))
@@ -2001,7 +2028,7 @@ def planned(args, app):
     base = base_port(args.port, app.variables, os.environb)
     instances = expand(app.types, counts, base)
     if not instances:
-        raise UsageError("nothing to run: every process type has a count of 0")
+        raise UsageError("nothing to run: what is asked for has a concurrency of 0")
     return counts, base, instances
 
 
@@ -2045,7 +2072,8 @@ def open_children(args, types, instances):
     if wanted and not (os.isatty(0) and os.isatty(1)):
         raise UsageError("--attach needs a terminal as standard input and output")
     colours = {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
-    capacity = 1 << max(16, min(20, (1 << 23) // len(instances)).bit_length() - 1)
+    share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
+    capacity = 1 << max(16, min(20, share.bit_length() - 1))
     children, attached = [], None
     for place, each in enumerate(instances):
         roaming = args.pty and os.isatty(1) and each not in wanted
@@ -2073,7 +2101,7 @@ def cmd_start(args):
                       selected(split_names(args.quiet), instances, "--quiet"))
     enter_root(app.root)
     tidy_fds()
-    limits = raise_fd_limit(2 * len(instances) + 20)
+    limits = raise_fd_limit(2 * len(instances) + 20 + len(open_fds()))
     style = Style(max([6] + [len(each.name) for each in instances]),
                   wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix)
     try:
@@ -2113,13 +2141,14 @@ def cmd_run(args):
 def cmd_check(args):
     """procrun check: parse everything."""
     app = load_app(args, load_types(args))
-    print("valid procfile detected (%s)" % ", ".join(each.name for each in app.types))
+    base_port(None, app.variables, os.environb)
+    tell("valid procfile detected (%s)\n" % ", ".join(each.name for each in app.types))
     return 0
 
 
 def cmd_version(_):
     """procrun version."""
-    print("procrun " + VERSION)
+    tell("procrun %s\n" % VERSION)
     return 0
 
 
@@ -2145,8 +2174,8 @@ def make_plan(args, app, counts, base):
     user = name if args.user is None else args.user
     log = os.path.abspath(args.log) if args.log else ""
     again = [each for each in args.argv if each not in ("--force", "--dry-run")]
-    mark = mark_of(args.format, name) + "Again: cd %s && procrun.py %s" % (
-        shlex.quote(os.getcwd()), " ".join(map(shlex.quote, again)))
+    mark = mark_of(args.format, name) + "Again: cd %s && python3 %s" % (
+        shlex.quote(os.getcwd()), " ".join(map(shlex.quote, [sys.argv[0]] + again)))
     variables = {as_str(key): as_str(value) for key, value in
                  {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()}
     variables.pop("PORT", None), variables.pop("PS", None)    # an instance has its own
@@ -2167,7 +2196,7 @@ def warn(plan, format):
 
 def tell_export(text):
     """A line of an export."""
-    print("[procrun export] " + text)
+    tell("[procrun export] %s\n" % text)
 
 
 def dry_run(plan, instances, format):
@@ -2176,8 +2205,7 @@ def dry_run(plan, instances, format):
     for file in export_files(masked, instances, format):
         path = os.path.join(plan.location, file.path)
         tell_export("would write: %s, mode %04o" % (path, file.mode))
-        sys.stdout.flush()
-        sys.stdout.buffer.write(file.text.encode("utf-8", "surrogateescape"))
+        tell(file.text)
 
 
 def cmd_export(args):
@@ -2194,13 +2222,15 @@ def cmd_export(args):
         ours = marked(plan.location, mark_of(args.format, plan.app).encode())
         in_the_way(plan.location, files, ours, args.force)
         install(plan.location, files)
-        for file in files:
-            tell_export("writing: " + os.path.join(plan.location, file.path))
-        for name in sorted(set(ours) - {file.path for file in files}):
+        gone = sorted(set(ours) - {file.path for file in files})
+        for name in gone:
             remove(plan.location, name)
-            tell_export("removing: " + os.path.join(plan.location, name))
     except OSError as error:
         raise Failure("%s: %s" % (error.filename or plan.location, error.strerror))
+    for file in files:
+        tell_export("writing: " + os.path.join(plan.location, file.path))
+    for name in gone:
+        tell_export("removing: " + os.path.join(plan.location, name))
     start = FORMATS[args.format].start.format(app=plan.app, location=plan.location)
     if args.user_units:
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
@@ -2210,16 +2240,15 @@ def cmd_export(args):
 
 def seconds(text):
     """An argparse type: a grace period."""
-    value = float(text)
-    if not 0 <= value < 1e9:
-        raise ValueError(text)
-    return value
+    if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]*)?|\.[0-9]+", text):
+        raise UsageError("-t: `%s` is not a number of seconds" % text)
+    return float(text)
 
 
 def port_number(text):
     """An argparse type: a port."""
     if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise ValueError(text)
+        raise UsageError("-p: `%s` is not a port, 1 to 65535" % text)
     return int(text)
 
 
@@ -2230,7 +2259,7 @@ def argument(*flags, **details):
 
 COMMON = [
     argument("-f", "--procfile", metavar="FILE",
-             help="the Procfile (default: Procfile; - is standard input)"),
+             help="the Procfile (default: Procfile in the root directory; - is standard input)"),
     argument("-d", "--root", metavar="DIR",
              help="where the commands run and .env is (default: the Procfile's folder)"),
     argument("-e", "--env", metavar="FILE[,FILE]", action="append",
@@ -2249,11 +2278,12 @@ FORMATION = [
 START = FORMATION + [
     argument("names", nargs="*", metavar="NAME", help="run these process types only"),
     argument("--can-die", help="an exit 0 of these does not end the set", **NAMES),
-    argument("--quiet", help="drop the output of these; their exits are told", **NAMES),
+    argument("--quiet", help="drop the output of these; their ends are told", **NAMES),
     argument("--pty", action="store_true", help="give each process a terminal of its own"),
-    argument("--attach", metavar="NAME", help="give the keyboard to an instance (web, or web.2)"),
+    argument("--attach", metavar="NAME",
+             help="give the keyboard to web (web.1) or web.2; Ctrl-C twice, or Ctrl-\\, ends all"),
     argument("--color", choices=("auto", "always", "never"), default="auto",
-             help="colour the prefixes (default: auto, on a terminal); never: and no others"),
+             help="colour the prefixes (default: auto: on a terminal); never: uncolour all"),
     argument("--no-timestamp", dest="timestamp", action="store_false",
              help="no time in front of the lines"),
     argument("--no-prefix", dest="prefix", action="store_false",
@@ -2271,7 +2301,7 @@ EXPORT = FORMATION + [
     argument("--user-units", action="store_true", help="units for systemctl --user (systemd)"),
     argument("--dry-run", action="store_true",
              help="print every file with its values masked, write nothing"),
-    argument("--force", action="store_true", help="overwrite files that are not of this app")]
+    argument("--force", action="store_true", help="overwrite files not of this app and format")]
 COMMANDS = {
     "start": (cmd_start, START, "run the process types until one of them ends"),
     "run": (cmd_run, RUN, "run one process type, or any command, in the foreground"),
