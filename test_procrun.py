@@ -176,8 +176,8 @@ def ask(folder, *args, command=None, env=None, **options):
     environment = {key: value for key, value in os.environ.items()
                    if key not in ("PORT", "PS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")}
     done = subprocess.run([*(command or compiled()), *args], cwd=str(folder), timeout=20,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env={**environment, **(env or {})}, **{"input": b"", **options})
+                          stderr=subprocess.PIPE, env={**environment, **(env or {})},
+                          **{"input": b"", "stdout": subprocess.PIPE, **options})
     return done.returncode, done.stdout, done.stderr
 
 
@@ -4199,6 +4199,77 @@ def test_the_files():
         with open(os.path.join(HERE, name)) as file:
             text = file.read()
         assert all(word in text for word in words)
+
+
+# Odd surroundings --------------------------------------------------------------------------------
+
+@LINUX
+def test_pipes_are_wide(tmp_path):
+    """One read moves up to 1 MiB, less only where many processes share what a user may have."""
+    size = "'%s' -c 'import fcntl; print(\"size\", fcntl.fcntl(1, 1032))'" % sys.executable
+    if int(open("/proc/sys/fs/pipe-max-size").read()) < 1 << 20:
+        pytest.skip("this system has no pipes that wide")
+    with Run(procfile(tmp_path, "a: %s\n" % size), "start") as run:
+        assert run.wait() == 0
+        assert run.lines("a.1")[1] == b"size %d" % (1 << 20)
+    with Run(procfile(tmp_path, "a: %s\n" % size), "start", "-c", "a=20", "--can-die", "a") as run:
+        assert run.wait(20) == 0
+        assert run.lines("a.20")[1] == b"size %d" % (1 << 18)
+
+
+@LINUX
+@pytest.mark.parametrize("command", [
+    ["start"], ["check"], ["version"], ["export", "systemd", "out", "-u", "root", "--dry-run"]])
+def test_a_full_disk_is_one_line(tmp_path, command):
+    app = procfile(tmp_path, "a: echo up; exec sleep 300\n")
+    with open("/dev/full", "wb") as full:
+        status, _, errors = ask(app, *command, stdout=full)
+    assert status == 1
+    assert errors == b"procrun: cannot write the output: No space left on device\n"
+
+
+def test_an_export_is_whole_even_if_nobody_reads_what_it_says(tmp_path):
+    app, location = procfile(tmp_path, "a: x\nb: y\n"), tmp_path / "out"
+    assert ask(app, "export", "systemd", "out", "-u", "root", "-a", "app")[0] == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    status, _, errors = ask(app, "export", "systemd", "out", "-u", "root", "-a", "app", "-m", "a=1",
+                            stdout=writing)
+    os.close(writing)
+    assert (status, errors) == (1, b"procrun: cannot write the output: Broken pipe\n")
+    assert sorted(path.name for path in location.iterdir()) == [
+        "app-a-1.service", "app-a.target", "app.env", "app.target"]
+
+
+def test_an_app_with_two_hyphens_is_exported_again(tmp_path):
+    """A comment in XML cannot hold them."""
+    app = procfile(tmp_path, "a: x\n")
+    for _ in range(2):
+        assert ask(app, "export", "launchd", "out", "-u", "root", "-a", "my--app")[0] == 0
+
+
+def test_inherited_files_count_towards_the_limit(tmp_path):
+    leaked = [os.dup(0) for _ in range(30)]
+    try:
+        with Run(procfile(tmp_path, "a: echo up\n"), "start", pass_fds=leaked, preexec_fn=lambda:
+                 resource.setrlimit(resource.RLIMIT_NOFILE, (leaked[-1] + 2, 4096))) as run:
+            assert run.wait() == 0
+            assert b"up" in run.lines("a.1")
+    finally:
+        for fd in leaked:
+            os.close(fd)
+
+
+def test_a_terminal_that_has_no_size(tmp_path):
+    app = procfile(tmp_path, "a: stty size\n")
+    master, slave = os.openpty()
+    try:
+        with Run(app, "start", "--pty", stdout=slave) as run:
+            run.process.wait(10)
+            assert b"| \x1b[0m24 80\r\n" in os.read(master, 1 << 16)
+    finally:
+        os.close(master)
+        os.close(slave)
 
 
 # Two parts, which make test runs side by side -----------------------------------------------------
