@@ -1267,7 +1267,10 @@ class Guard:
     def signal(self, group, number):
         """Signal a group; between fork and setsid there is none yet, but the leader."""
         if not signal_group(group, number) and group in self.leaders:
-            os.kill(group, number)
+            try:
+                os.kill(group, number)
+            except PermissionError:
+                pass    # it has become another user's (sudo)
 
     def pursue(self):
         """During a shutdown: the last signal to the groups that did not get it yet; SIGKILL to
@@ -1632,8 +1635,10 @@ class Supervisor:
                 signal_group(child.pid, signal.SIGKILL)
         while own_children() - self.strangers:
             for pid in own_children() - self.strangers:
-                signal_group(os.getpgid(pid), signal.SIGKILL)
-                os.waitpid(pid, 0)
+                if signal_group(os.getpgid(pid), signal.SIGKILL):
+                    os.waitpid(pid, 0)
+                else:
+                    self.strangers.add(pid)    # it has become another user's (sudo)
 
     # -- signals and keys
 
