@@ -68,6 +68,7 @@ VERSION = "0.1.0"
 QUIET = 0.2            # seconds after which a line without its newline is shown
 LAST = 0.5             # seconds that the end of a shutdown may take, after SIGKILL
 CHUNK = 1 << 20        # bytes: one read, and the most that is kept of a line without its newline
+LITTLE = 1 << 16       # bytes: one read where little is expected (more costs a mmap and a munmap)
 TOO_LARGE = 1 << 24    # bytes: no Procfile and no .env is that long
 MOST_ERRORS = 100
 
@@ -927,10 +928,10 @@ def open_fds():
     return [int(name) for name in os.listdir("/dev/fd")]
 
 
-def read_some(fd):
+def read_some(fd, most=LITTLE):
     """Return bytes that can be read now, b"" at the end of the output, None if there are none."""
     try:
-        return os.read(fd, CHUNK)
+        return os.read(fd, most)
     except BlockingIOError:
         return None
     except OSError as error:
@@ -1016,12 +1017,13 @@ class Child:
 
     It is done when its exit status is known and its output at its end.
     """
-    __slots__ = "place instance source terminal fd output pid status began".split()
+    __slots__ = "place instance source terminal fd output appetite pid status began".split()
 
     def __init__(self, place, instance, source, terminal):
         self.place, self.instance, self.source = place, instance, source
         self.terminal = terminal                # whether it gets a PTY
         self.fd = self.output = None            # the end that procrun reads, and the other one
+        self.appetite = LITTLE                  # bytes: how much to read at once
         self.pid = self.status = None           # status: as of subprocess, -N for signal N
         self.began = None                       # when (monotonic)
 
@@ -1515,8 +1517,9 @@ class Supervisor:
             self.on_reports()    # it reported itself before it wrote anything
         if child.fd is None or self.sink.full:
             return
-        data = read_some(child.fd)
+        data = read_some(child.fd, child.appetite)
         if data:
+            child.appetite = CHUNK if len(data) >= LITTLE else LITTLE
             self.take(child, data)
         elif data is not None:
             self.close(child)
@@ -1529,7 +1532,7 @@ class Supervisor:
         self.partial.pop(child, None)
         if child.source.tail:
             self.partial[child] = time.monotonic() + QUIET
-        if len(data) > 1 << 16:
+        if len(data) >= LITTLE:
             self.flush()
 
     def drain(self, child):
@@ -1537,7 +1540,7 @@ class Supervisor:
         go on writing, so this is bounded by what a pipe can hold."""
         room = CHUNK
         while child.fd is not None and room > 0 and not self.sink.full:
-            data = read_some(child.fd)
+            data = read_some(child.fd, CHUNK)
             if data is None:
                 return
             room -= len(data)

@@ -4504,7 +4504,7 @@ def other_rows(folder, rounds):
               form=lambda seconds: "%.1f %% of a core" % (seconds * 400 * 100))
     yield row("idle, 10 processes", wakeups, form="{:.1f} wake-ups a second".format)
     mebibytes = (lambda kib: "%.1f MiB" % (kib / 1024))
-    yield row("memory, 10 idle_wakeups processes (PSS)", memory, form=mebibytes)
+    yield row("memory, 10 idle processes (PSS)", memory, form=mebibytes)
     up, memory, _, down, bare = in_turn(rounds, lambda: idle_wakeups(sleeper, 600), lambda: bare_loop(600))
     yield row("600 processes: all up", up, bare, "a bare loop of fork and exec")
     yield row("600 processes: Ctrl-C to exit", down)
