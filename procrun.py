@@ -1601,6 +1601,7 @@ class Supervisor:
         child.status = status
         self.left.discard(child)
         child.release()
+        # First what it has written last, then the word on its end, then why the set ends.
         self.settle(child)
         self.drain(child)
         if self.status is None and (status != 0 or child.instance not in self.options.can_die):

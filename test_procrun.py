@@ -23,7 +23,6 @@ import random
 import re
 import resource
 import select
-import selectors
 import shlex
 import shutil
 import signal
