@@ -101,16 +101,15 @@ def logical_lines(text):
     parts, first = [], 1
     for number, line in enumerate(text.split(b"\n"), 1):
         line = line[:-1] if line.endswith(b"\r") else line
-        first = first if parts else number
         # As for the shell, an even number of backslashes escapes itself; a comment never goes on.
         backslashes = len(line) - len(line.rstrip(b"\\"))
         if backslashes % 2 and (parts or not line.lstrip().startswith(b"#")):
-            parts.append(line)
-            continue
-        yield first, b"".join([part[:-1] for part in parts] + [line])
-        parts = []
+            parts.append(line[:-1])
+        else:
+            yield first, b"".join(parts + [line])
+            parts, first = [], number + 1
     if parts:
-        yield first, b"".join([part[:-1] for part in parts[:-1]] + parts[-1:])
+        yield first, b"".join(parts) + b"\\"
 
 
 def entry_problem(line, lines):
@@ -175,21 +174,17 @@ def line_end(text, place):
     return len(text) if end < 0 else end
 
 
-def env_value(text, start):
-    """Return (value, where its last line ends) of what follows the = at text[start].
+def env_value(text, start, end):
+    """Return (value, where its last line ends) of what follows an =, text[start:end] at first.
 
     Raises ValueError(what is wrong, where its last line ends) if it is quoted, but not well.
     """
-    end = line_end(text, start)
     bare = text[start:end].lstrip(b" \t")
     quote, first = bare[:1], end - len(bare) + 1
-    if quote == b"'":
-        last = text.find(quote, first)
-    elif quote == b'"':
-        marks = re.compile(rb'\\[\s\S]|"').finditer(text, first)
-        last = next((each.start() for each in marks if each[0] == quote), -1)
-    else:
+    if quote not in (b"'", b'"'):
         return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t\r"), end
+    marks = re.compile(rb"'" if quote == b"'" else rb'\\[\s\S]|"').finditer(text, first)
+    last = next((each.start() for each in marks if each[0] == quote), -1)
     if last < 0:
         raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
     value, end = text[first:last], line_end(text, last)
@@ -219,7 +214,7 @@ def parse_env(text, source=".env"):
         head = re.compile(ENV_NAME).match(text, place, end)
         try:
             if head:
-                value, end = env_value(text, head.end())
+                value, end = env_value(text, head.end(), end)
                 if b"\0" in value:
                     raise ValueError("NUL byte in the value of %s; remove it" % shown(head[1]),
                                      end)
@@ -362,11 +357,6 @@ def is_text(value):
     return not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
 
 
-def is_lines(value):
-    """The same, but tabs and newlines are allowed."""
-    return is_text(re.sub("[\t\n]", "", value))
-
-
 def carried(variables, fits):
     """Return (variables, shell text): those whose values do not fit escaped, and how to undo that.
 
@@ -408,16 +398,12 @@ def forwarded(command):
     return "%sexec /bin/sh -c %s) & wait $!" % (FORWARD, shell_quote(text))
 
 
-def job(plan, each):
-    """The name of an instance for a process manager."""
-    return "%s-%s-%d" % (plan.app, each.type, each.number)
-
-
 def fields(plan, each, **others):
     """What the templates of the formats are filled with, for one instance."""
-    log = "%s/%s-%d.log" % (plan.log, each.type, each.number) if plan.log else ""
-    return {**plan._asdict(), **each._asdict(), "name": each.name, "job": job(plan, each),
-            "log": log, **others}
+    place = "%s-%d" % (each.type, each.number)
+    log = "%s/%s.log" % (plan.log, place) if plan.log else ""
+    return {**plan._asdict(), **each._asdict(), "name": each.name, "log": log,
+            "job": "%s-%s" % (plan.app, place), **others}
 
 
 def own_variables(variables, each):
@@ -489,11 +475,6 @@ def systemd_word(text):
     return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
 
 
-def systemd_value(value):
-    """The value as one of an EnvironmentFile=; see systemd.exec(5)."""
-    return '"%s"' % re.sub(r'(["\\$`])', r"\\\1", value)
-
-
 def systemd_target(plan, name, wants, more):
     """A target that wants units: the app itself, or a process type of it."""
     return File(name + ".target", 0o644, "# %s\n[Unit]\nDescription=%s\nWants=%s\n%s" % (
@@ -502,10 +483,13 @@ def systemd_target(plan, name, wants, more):
 
 def export_systemd(plan, instances):
     """A service for each instance, a target for each process type, one for the app, and one
-    environment file: Environment= would show its values on the bus; PORT and PS are no secrets."""
-    variables, prelude = carried(plan.variables, is_lines)
+    environment file (systemd.exec(5) has its quoting): Environment= would show its values on the
+    bus; PORT and PS are no secrets."""
+    variables, prelude = carried(plan.variables,
+                                 lambda value: is_text(re.sub("[\t\n]", "", value)))
     yield File(plan.app + ".env", 0o600, "# %s\n" % plan.mark + "".join(
-        "%s=%s\n" % (name, systemd_value(value)) for name, value in variables.items()))
+        '%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value))
+        for name, value in variables.items()))
     doubled = plan._replace(**{name: getattr(plan, name).replace("%", "%%")
                                for name in ("root", "log", "location")})
     units = {}
@@ -570,15 +554,16 @@ def export_supervisord(plan, instances):
     """
     variables, prelude = carried(plan.variables, re.compile(r"(?a)[\w ./:,=@+-]*").fullmatch)
     doubled = plan._replace(root=plan.root.replace("%", "%%"))
-    text = "; %s\n" % plan.mark
+    text, jobs = "; %s\n" % plan.mark, []
     for each in instances:
         values = fields(doubled, each, environment=",".join(
             '%s="%s"' % item for item in own_variables(variables, each).items()),
             word=supervisor_word("sleep 1; " + prelude + waited(portable(each.command))))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
+        jobs.append(values["job"])
     yield File(plan.app + ".conf", 0o600, "%s\n[group:%s]\nprograms=%s\n" % (
-        text, plan.app, ",".join(job(plan, each) for each in instances)))
+        text, plan.app, ",".join(jobs)))
 
 
 RUNIT_RUN = """exec %(output)s
@@ -974,8 +959,11 @@ CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, s
 
 
 def catch_signals():
-    """Have the caught signals arrive as bytes in a pipe, and do nothing else; return its reading
-    end and the signals that stay ignored."""
+    """Have the caught signals arrive as bytes in a pipe, and do nothing else.
+
+    Return its reading end, and the signals that no child is to see as they are here: procrun
+    catches some, CPython ignores SIGPIPE and SIGXFSZ, and others may have been ignored before.
+    """
     # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     fd, wakeup = pipe(False, False)
@@ -983,14 +971,8 @@ def catch_signals():
     for number in CAUGHT - ignored:
         signal.signal(number, lambda *args: None)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return fd, ignored
-
-
-def altered_signals():
-    """The signals whose disposition is not the default: CPython ignores SIGPIPE and SIGXFSZ,
-    procrun catches some, and was perhaps started with others ignored.  No child is to see it."""
-    return [number for number in range(1, signal.NSIG)
-            if signal.getsignal(number) not in (signal.SIG_DFL, None)]
+    return fd, [number for number in set(range(1, signal.NSIG)) - ignored
+                if signal.getsignal(number) not in (signal.SIG_DFL, None)]
 
 
 def signal_name(number):
@@ -1068,7 +1050,6 @@ def become(ground, child, reports):
     """The forked side of a child; never returns.  It reports itself before exec, so that this is
     known before any of its output, or why it could not."""
     try:
-        signal.set_wakeup_fd(-1)    # or a signal that arrives here is taken for the guard's
         os.setsid()
         os.write(reports, b"started %d %d\n" % (child.place, os.getpid()))
         environment = {**ground.variables, **child.instance.variables}
@@ -1080,8 +1061,6 @@ def become(ground, child, reports):
         os.dup2(child.output, 2)
         os.chdir(ground.root)
         resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
-        for number in ground.signals:
-            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.execve("/bin/sh", [b"/bin/sh", b"-c", child.instance.command], environment)
     except OSError as error:
@@ -1187,6 +1166,9 @@ class Guard:
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # one of them is closed already
         self.adopts = become_subreaper() and os.path.exists(CHILDREN)
+        # Once, not in each child: here they are blocked; and exec resets SIGCHLD, as any handler.
+        for number in set(self.ground.signals) - {signal.SIGCHLD}:
+            signal.signal(number, signal.SIG_DFL)
         signals, wakeup = pipe(False, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self.selector = selectors.DefaultSelector()
@@ -1499,14 +1481,10 @@ class Supervisor:
         """Write what is queued, as far as stdout takes it."""
         self.printer.restore()
         self.sink.write(self.printer.queue)
-        if self.sink.error and self.status is None:
-            self.lost_output(self.sink.error)
-
-    def lost_output(self, error):
-        """Nobody reads any more, or the disk is full: that ends the set."""
-        if error.errno in (errno.EPIPE, errno.EIO):
-            self.begin(128 + signal.SIGPIPE)
-        else:
+        error = self.sink.error
+        if error and error.errno in (errno.EPIPE, errno.EIO) and self.status is None:
+            self.begin(128 + signal.SIGPIPE)    # nobody reads any more
+        elif error:
             self.fail("cannot write the output: %s" % error.strerror)
 
     def on_output(self, child):
@@ -2117,9 +2095,8 @@ def cmd_start(args):
         children, attached = open_children(args, app.types, instances)
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
-    signals, ignored = catch_signals()
-    reset = [number for number in altered_signals() if number not in ignored]
-    ground = Ground(app.root, environment_of(app), None, limits, reset)
+    signals, altered = catch_signals()
+    ground = Ground(app.root, environment_of(app), None, limits, altered)
     supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
     return supervisor.run(children, ground, attached)
 
