@@ -44,19 +44,23 @@ a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot 
 # - Nothing but select() waits as long as there is anything to do.  Signals arrive as bytes in a
 #   pipe, stdout is waited for like any other file descriptor, and while it takes nothing no child
 #   is read: that is the back-pressure.
-import errno
 import os
+import sys
+
+if not hasattr(os, "fork"):
+    sys.exit("procrun: this system has no fork(); procrun needs Linux, macOS or another Unix")
+if __name__ == "__main__" and not sys.flags.isolated:
+    sys.path.pop(0)    # the app's folder: its own signal.py or resource.py is not meant below
+
+import errno
 import re
 import selectors
 import signal
 import stat
-import sys
 import time
 from collections import namedtuple
 from functools import partial
 
-if not hasattr(os, "fork"):
-    sys.exit("procrun: this system has no fork(); procrun needs Linux, macOS or another Unix")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before there is anything: no traceback
 

@@ -4186,6 +4186,18 @@ def test_procrun_alone_is_enough(tmp_path):
     assert sorted(os.listdir(str(tmp_path))) == ["Procfile", "procrun.py"]
 
 
+@pytest.mark.parametrize("command", ["procrun.py", "-mprocrun"])
+def test_the_app_may_have_modules_of_any_name(tmp_path, command):
+    """procrun lies beside the app's modules, which may be called as those of the library."""
+    shutil.copy(PROCRUN, str(tmp_path / "procrun.py"))
+    for name in ["selectors", "signal", "resource", "argparse", "ctypes", "plistlib", "json"]:
+        tmp_path.joinpath(name + ".py").write_text("raise SystemExit('the app')\n")
+    procfile(tmp_path, "web: echo hello\n")
+    for args in [["start"], ["export", "launchd", "out", "-u", "root"]]:
+        status, out, errors = ask(tmp_path, *args, command=(sys.executable, command))
+        assert (status, errors) == (0, b"")
+
+
 def test_the_files():
     git = subprocess.run(["git", "ls-files"], cwd=HERE, stdout=subprocess.PIPE,
                          stderr=subprocess.DEVNULL)
