@@ -4301,6 +4301,8 @@ PEERS = dict.fromkeys(("foreman", "honcho", "nf", "hivemind", "overmind"), "--ve
 PEERS.update(dict.fromkeys(("goreman", "forego"), "version"))    # what tells the version
 MILLION = 1000000
 PLAIN = sys.executable, PROCRUN    # as a user calls it
+MODULE = sys.executable, "-m", "procrun"    # as a module, which CPython compiles but once
+AS_MODULE = "the same by `python -m procrun`"
 SLEEPER = "echo $$ up; exec sleep 999"
 TICKER = (sys.executable + " -c \"import os, time; os.write(1, b'up\\n'); [os.write(1, b'%%f\\n'"
           " %% time.monotonic()) and time.sleep(%s) for _ in range(%s)]\"")
@@ -4404,7 +4406,7 @@ def all_up(process, count):
 
 def procrun_ids(run):
     """The ids of procrun itself: it, and its helper."""
-    return [pid for pid, command in leftovers(run.tag) if PROCRUN.encode() in command]
+    return [pid for pid, command in leftovers(run.tag) if b"procrun" in command]
 
 
 def total(pids, name, pattern):
@@ -4429,10 +4431,10 @@ def drain(run, seconds):
     return run.output.count(b"\n")
 
 
-def first_line(app):
+def first_line(app, python):
     """Seconds from the start to the first line of a process."""
     start = time.perf_counter()
-    with Run(app, "start", python=PLAIN) as run:
+    with Run(app, "start", python=python) as run:
         all_up(run.process, 1)
         seconds = time.perf_counter() - start
         until_exit(run, run.pid, signal.SIGINT)
@@ -4468,11 +4470,11 @@ def crash(app, count):
         return [until_exit(run, int(all_up(run.process, count)[0].split()[-2]), signal.SIGKILL)]
 
 
-def idle_wakeups(app, count):
-    """Start idle_wakeups processes; return the seconds until all are up, the KiB of procrun,
-    its wake-ups a second, and the seconds from Ctrl-C to its exit."""
+def resting(app, count, python):
+    """Start so many processes; return the seconds until all are up, the KiB of procrun, its
+    wake-ups a second, and the seconds from Ctrl-C to its exit."""
     start = time.perf_counter()
-    with Run(app, "start", "-c", "a=%d" % count, python=PLAIN) as run:
+    with Run(app, "start", "-c", "a=%d" % count, python=python) as run:
         all_up(run.process, count)
         up = time.perf_counter() - start
         drain(run, 1)
@@ -4498,10 +4500,15 @@ def bare_loop(count):
 def other_rows(folder, rounds):
     """Yield the rows that measure procrun alone."""
     sleeper, forever = app_of(folder, "a: %s\n" % SLEEPER), MILLION
-    yield row("first line of a process on the screen",
-              *in_turn(rounds, lambda: first_line(sleeper),
-                       lambda: [timed([sys.executable, "-c", "pass"])]), "`python -c pass`")
-    _, memory, wakeups, down = in_turn(rounds, lambda: idle_wakeups(sleeper, 10))
+    shutil.copy(PROCRUN, str(sleeper))    # where `python -m procrun` finds it
+    first_line(sleeper, MODULE)           # compiles it
+    plain, module, bare = in_turn(
+        rounds, lambda: first_line(sleeper, PLAIN), lambda: first_line(sleeper, MODULE),
+        lambda: [timed([sys.executable, "-c", "pass"])])
+    yield row("first line of a process on the screen", plain, bare, "`python -c pass`")
+    yield row(AS_MODULE, module, bare, "`python -c pass`")
+    _, memory, wakeups, down, _, lean, *_ = in_turn(
+        rounds, lambda: resting(sleeper, 10, PLAIN), lambda: resting(sleeper, 10, MODULE))
     yield row("Ctrl-C to exit, 10 processes", down)
     yield row("crash of one to exit, 10 processes", *in_turn(rounds, lambda: crash(sleeper, 10)))
     ticks = TICKER % (0.01, 200)
@@ -4516,10 +4523,15 @@ def other_rows(folder, rounds):
     yield row("idle, 10 processes", wakeups, form="{:.1f} wake-ups a second".format)
     mebibytes = (lambda kib: "%.1f MiB" % (kib / 1024))
     yield row("memory, 10 idle processes (PSS)", memory, form=mebibytes)
-    up, memory, _, down, bare = in_turn(rounds, lambda: idle_wakeups(sleeper, 600), lambda: bare_loop(600))
+    yield row(AS_MODULE, lean, form=mebibytes)
+    up, memory, _, down, quick, lean, _, _, bare = in_turn(
+        rounds, lambda: resting(sleeper, 600, PLAIN), lambda: resting(sleeper, 600, MODULE),
+        lambda: bare_loop(600))
     yield row("600 processes: all up", up, bare, "a bare loop of fork and exec")
+    yield row(AS_MODULE, quick, bare, "a bare loop of fork and exec")
     yield row("600 processes: Ctrl-C to exit", down)
     yield row("600 processes: memory (PSS)", memory, form=mebibytes)
+    yield row(AS_MODULE, lean, form=mebibytes)
     mixed = app_of(folder, "a: %s\nb: %s\nc: %s\n" % (
         TICKER % (0.001, forever), TICKER % (0.004, forever), SLEEPER))
     yield row("CPU for one line, 4 of 600 processes print", *in_turn(
@@ -4542,6 +4554,7 @@ def version(*command):
 
 def bench(rounds=5):
     """Print the table, row by row."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)    # or MODULE is compiled each time
     peers = [name for name in PEERS if shutil.which(name)]
     tools = [("sed", "--version")] + [(name, PEERS[name]) for name in peers]
     print("Medians of %d on %s; procrun %s, Python %s, %s.\n" % (
