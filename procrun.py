@@ -2127,7 +2127,9 @@ def cmd_run(args):
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        complain("%s: %s" % (command[0], error.strerror))
+        known = ", ".join(each.name for each in types)
+        complain("%s: %s%s" % (command[0], error.strerror,
+                               known and "; the process types are " + known))
         return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
 
 

@@ -4005,7 +4005,8 @@ def test_run_without_success(tmp_path, args, status):
     tmp_path.joinpath("plain").write_bytes(b"#!/bin/sh\n")
     found, out, errors = call(procfile(tmp_path, "web: echo\n"), "run", *args)
     assert (found, out) == (status, b"")
-    assert re.fullmatch(rb"procrun: %s: [^\n]+\n" % re.escape(args[0].encode()), errors)
+    known = b"; the process types are web" * (len(args) == 1)
+    assert re.fullmatch(rb"procrun: %s: [^\n;]+%s\n" % (re.escape(args[0].encode()), known), errors)
 
 
 def test_run_needs_no_procfile(tmp_path):
