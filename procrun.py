@@ -962,6 +962,10 @@ PASSED_ON = signal.SIGUSR1, signal.SIGUSR2
 CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, signal.SIGWINCH}
 
 
+def nothing(*_):
+    """A signal handler: the signal's byte in the wake-up pipe says it all."""
+
+
 def catch_signals():
     """Have the caught signals arrive as bytes in a pipe, and do nothing else.
 
@@ -973,7 +977,7 @@ def catch_signals():
     fd, wakeup = pipe(False, False)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
     for number in CAUGHT - ignored:
-        signal.signal(number, lambda *args: None)
+        signal.signal(number, nothing)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     return fd, [number for number in set(range(1, signal.NSIG)) - ignored
                 if signal.getsignal(number) not in (signal.SIG_DFL, None)]
@@ -1054,6 +1058,9 @@ def overlay(variables):
     """Put these variables (bytes to bytes) of .env over the environment of this process."""
     os.environb.setdefault(b"PYTHONUNBUFFERED", b"1")    # Python's prints appear at once
     os.environb.update(variables)
+    for name in filter(None, os.environb):
+        os.unsetenv(name)    # all of that name; putenv() would replace the first, a shell take
+        os.putenv(name, os.environb[name])    # the last
 
 
 def become(ground, child, reports):
@@ -1144,12 +1151,13 @@ class Guard:
         self.last = None            # SIGTERM or SIGKILL once it was sent
         self.told = set()           # the groups that got it
         self.steps = []             # of a shutdown without procrun
+        self.stopped = False        # Ctrl-Z: fork no more until SIGCONT
         self.over = False
 
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
         (orders, order), (report, self.reports) = os.pipe(), pipe(False, True)
-        # The named ones: to tell a child's old mask, CPython takes 100 us for the nameless.
+        # The named ones: of others, CPython takes 100 us to tell a child that they were blocked.
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.Signals)
         try:
             pid = os.fork()
@@ -1167,8 +1175,9 @@ class Guard:
         return pid, order, report
 
     def run(self, orders):
-        """The forked side.  A session of its own, and all signals blocked but SIGCHLD: neither
-        Ctrl-C nor a closed terminal reach it.  It holds nothing that anybody waits for."""
+        """The forked side.  A session of its own, and all signals blocked but SIGCHLD (those
+        without a name: caught): neither Ctrl-C nor a closed terminal reach it.  It holds nothing
+        that anybody waits for."""
         os.setsid()
         os.chdir("/")
         overlay(self.ground.variables)
@@ -1176,9 +1185,10 @@ class Guard:
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # one of them is closed already
         self.adopts = become_subreaper() and os.path.exists(CHILDREN)
-        # Once, not in each child: here they are blocked; and exec resets SIGCHLD, as any handler.
-        for number in set(self.ground.signals) - {signal.SIGCHLD}:
-            signal.signal(number, signal.SIG_DFL)
+        # Once, not in each child: here they are blocked, and exec turns handlers into the default.
+        nameless = signal.valid_signals() - set(signal.Signals)
+        for number in nameless.union(self.ground.signals) - {signal.SIGCHLD}:
+            signal.signal(number, nothing if number in nameless else signal.SIG_DFL)
         signals, wakeup = pipe(False, False)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self.selector = selectors.DefaultSelector()
@@ -1190,8 +1200,8 @@ class Guard:
 
     def turn(self):
         """Wait for something to happen, and act upon it; between two forks, do not wait."""
-        now = time.monotonic()
-        times = [when for when, _ in self.steps[:1]] + [now] * bool(self.waiting)
+        now, forking = time.monotonic(), self.waiting and not self.stopped
+        times = [when for when, _ in self.steps[:1]] + [now] * bool(forking)
         if self.last and self.orphaned:
             times.append(now + 0.05)    # nothing tells when those have ended
         events = self.selector.select(until(times, now))
@@ -1201,7 +1211,7 @@ class Guard:
         for what in whats:
             if what is not GIVE_UP:
                 self.send(what)
-        if self.waiting:
+        if self.waiting and not self.stopped:
             self.spawn(self.waiting.pop(0))
         if events or not self.waiting:
             self.reap()
@@ -1257,6 +1267,7 @@ class Guard:
             self.last, self.told = number, set()
             self.pursue()
         else:
+            self.stopped = number == signal.SIGSTOP or self.stopped and number != signal.SIGCONT
             for group in self.groups():
                 self.signal(group, number)
 
@@ -1432,6 +1443,7 @@ class Supervisor:
         self.attached = self.keyboard = self.guard = self.guard_status = None
         self.typed = bytearray()   # what the attached child has not taken yet
         self.report = b""          # the unfinished line of the guard's reports
+        self.arrived = b""         # signals (bytes) that are not acted upon yet
         become_subreaper()         # for the case that the guard is killed
         self.strangers = own_children()    # a shell's that exec'ed procrun, say: not ours to end
         self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
@@ -1638,7 +1650,10 @@ class Supervisor:
 
     def on_signals(self):
         """Act upon the signals that arrived, each once, in their order."""
-        for number in dict.fromkeys(read_some(self.signals) or b""):
+        self.arrived += read_some(self.signals) or b""
+        while self.arrived:
+            number = self.arrived[0]
+            self.arrived = self.arrived.replace(self.arrived[:1], b"")
             if number in ENDING:
                 self.on_end(number)
             elif number in PASSED_ON:
@@ -1684,7 +1699,9 @@ class Supervisor:
         self.sink.write(self.printer.queue)
         if self.keyboard:
             self.keyboard.set(self.keyboard.old)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        self.arrived += read_some(self.signals) or b""
+        if signal.SIGCONT not in self.arrived:    # or it would sleep through that
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def go_on(self):
         """After a stop; the terminal may have been used and resized since."""
@@ -1716,7 +1733,8 @@ class Supervisor:
         for number, data in self.keyboard.split(typed or b""):
             first = self.status is None and now - self.keyboard.interrupted > 1
             if number == signal.SIGTSTP:
-                self.pause()
+                self.arrived += bytes([number])
+                self.on_signals()
             elif number == signal.SIGINT and first and self.attached.fd is not None:
                 self.keyboard.interrupted = now
                 self.type(data)

@@ -2323,6 +2323,40 @@ def test_ctrl_z_stops_all_and_sigcont_continues(tmp_path):
         assert run.wait() == 130
 
 
+@needs("strace")
+def test_a_sigcont_right_behind_a_sigtstp_is_not_lost(tmp_path):
+    slowly = ("strace", "-o", os.devnull, "-e", "trace=write", "-e", "inject=write:delay_exit=50000")
+    if subprocess.run([*slowly, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("strace cannot trace here")
+    with Run(procfile(tmp_path, "a: echo up; exec sleep 300\n"), "start", grace=2,
+             python=(*slowly, *compiled())) as run:
+        run.expect(rb"\| up$")
+        pid = children(run.pid)[0]
+        for number in (signal.SIGTSTP, signal.SIGCONT, signal.SIGINT):
+            os.kill(pid, number)
+            pause(0.02)
+        assert run.wait() == 130
+
+
+@LINUX
+def test_ctrl_z_in_the_middle_of_a_start(tmp_path):
+    def waiting():
+        """The processes that are not stopped, beside the guard."""
+        return [pid for pid, _ in leftovers(run.tag) if pid != helper and not stopped(pid)]
+
+    with Run(procfile(tmp_path, "a: exec sleep 300\n"), "start", "-c", "a=60") as run:
+        helper = guard(run)
+        run.expect(rb"a\.3 +\| started")
+        run.signal(signal.SIGTSTP)
+        eventually(lambda: stopped(run.pid) and not waiting())
+        pause(0.1)
+        assert not waiting()
+        run.signal(signal.SIGCONT)
+        eventually(lambda: run.read(1) and run.output.count(b"started with") == 60)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
 # Supervisor and guard -----------------------------------------------------------------------------
 
 LONG = bool(os.environ.get("PROCRUN_LONG"))    # the heavy ones in full
@@ -2895,6 +2929,35 @@ def test_nohup_keeps_its_meaning(tmp_path):
         run.signal(signal.SIGTERM)
         assert run.wait() == 143
         assert b"SIGHUP" not in run.output
+
+
+def test_no_signal_but_sigkill_ends_the_guard(tmp_path):
+    with Run(procfile(tmp_path, "a: echo up; exec sleep 300\n"), "start") as run:
+        run.expect(rb"\| up$")
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            os.kill(guard(run), number)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert fates(run, "a.1") == [b"terminated by SIGTERM"]
+
+
+DOUBLED = """
+import ctypes, sys
+def strings(*values):
+    return (ctypes.c_char_p * (len(values) + 1))(*values, None)
+ctypes.CDLL(None).execve(sys.argv[1].encode(), strings(*[each.encode() for each in sys.argv[1:]]),
+    strings(b"PORT=1", b"PORT=2", b"PS=1", b"PS=2", b"A=1", b"A=2", b"B=1", b"B=2", b"=", b"C"))
+"""
+
+
+@pytest.mark.parametrize("command", ["start", "run web"])
+def test_variables_that_are_there_twice(tmp_path, command):
+    """A shell would take the last one, putenv() replaces the first."""
+    procfile(tmp_path, "web: echo $PORT $PS $A $B\n", "A=3\n")
+    status, out, errors = ask(tmp_path, *command.split(), command=(
+        sys.executable, "-c", DOUBLED, sys.executable, PROCRUN))
+    assert (status, errors) == (0, b"")
+    assert re.search(rb"^(.*\| )?1 web\.1 3 1$", out, re.MULTILINE), out
 
 
 def test_blocked_and_ignored_signals_reach_no_child(tmp_path):
@@ -3987,7 +4050,11 @@ def test_run(tmp_path, args, status, out):
 def test_run_becomes_the_command(tmp_path):
     """The same process, session, group, terminal; default signal dispositions."""
     script = "echo is $$; grep SigIgn /proc/$$/status; exec sleep 300"
-    with Run(tmp_path, "run", "sh", "-c", script) as run:
+    def undisturbed():
+        for number in (signal.SIGINT, signal.SIGQUIT):    # a job in the background ignores them
+            signal.signal(number, signal.SIG_DFL)
+
+    with Run(tmp_path, "run", "sh", "-c", script, preexec_fn=undisturbed) as run:
         assert int(run.expect(rb"^is (\d+)$")[1]) == run.pid
         if sys.platform.startswith("linux"):
             ignored = int(run.expect(rb"^SigIgn:\t(\w+)$")[1], 16)
