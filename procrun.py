@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """procrun - run a Procfile app: all its process types, in one terminal, and nothing left behind.
 
-    python procrun.py start                 all process types, until one of them ends or Ctrl-C
-    python procrun.py start -c web=2        the same, with two instances of web
-    python procrun.py start web             web alone
-    python procrun.py start --attach web    web has the keyboard: a debugger can be used
-    python procrun.py run web               web's command once, in the foreground
-    python procrun.py run env               any command, with the app's environment
-    python procrun.py check                 are the Procfile and .env in order?
-    python procrun.py export systemd /etc/systemd/system    the same app for a process manager
+    python3 procrun.py start                 all process types, until one of them ends or Ctrl-C
+    python3 procrun.py start -c web=2        the same, with two instances of web
+    python3 procrun.py start web             web alone
+    python3 procrun.py start --attach web    web has the keyboard: a debugger can be used
+    python3 procrun.py run web               web's command once, in the foreground
+    python3 procrun.py run env               any command, with the app's environment
+    python3 procrun.py check                 are the Procfile and .env in order?
+    python3 procrun.py export systemd /etc/systemd/system    the same app for a process manager
 
 Words (each has one meaning, here and in every message):
 
@@ -24,9 +24,10 @@ Words (each has one meaning, here and in every message):
     grace period  seconds between SIGTERM and SIGKILL          -t 5
     base port     the PORT of the first instance               -p 5000
 
-Exit status of start: that of the first process that ended by itself (128+N if signal N killed it);
-128+N if signal N to procrun began the shutdown; 1 for an error of the Procfile and the like, 2 for
-a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot be executed.
+Exit status of start: that of the process whose end ended the set (128+N if signal N killed it);
+128+N if signal N to procrun began the shutdown, 141 if nobody reads its output any more; 1 for an
+error of the Procfile and the like, 2 for a wrong call.  run: the command's own, 127 if it is not
+found, 126 if it cannot be executed.
 """
 # How the file is built.  Data travels downwards: text becomes process types, these become
 # instances, these become files for a process manager, or children.  All that only computes stands
@@ -40,7 +41,7 @@ a wrong call.  run: the command's own, 127 if it is not found, 126 if it cannot 
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - Only ids that the kernel still reserves for us are signalled: dead children are looked at,
-#   their group is signalled, and only then are they reaped.
+#   their group is signalled, and only then are they reaped (elsewhere, as nearly as can be).
 # - Nothing but select() waits as long as there is anything to do.  Signals arrive as bytes in a
 #   pipe, stdout is waited for like any other file descriptor, and while it takes nothing no child
 #   is read: that is the back-pressure.
@@ -54,6 +55,7 @@ if __name__ == "__main__" and not sys.flags.isolated:
 
 import errno
 import re
+import select
 import selectors
 import signal
 import stat
@@ -96,8 +98,8 @@ def shown(text):
 
 # Procfile: text -> process types -----------------------------------------------------------------
 
-ProcessType = namedtuple("ProcessType", "name command line")
-ProcessType.__doc__ = "A line of the Procfile: name (str), command (bytes), and its line number."
+ProcessType = namedtuple("ProcessType", "name command")
+ProcessType.__doc__ = "A process type of the Procfile: its name (str) and its command (bytes)."
 
 
 def logical_lines(text):
@@ -153,7 +155,7 @@ def parse_procfile(text, source="Procfile"):
         problem = entry_problem(line, lines)
         name, _, command = line.partition(b":")
         if not problem:
-            types.append(ProcessType(name.decode(), command.lstrip(b" \t"), number))
+            types.append(ProcessType(name.decode(), command.lstrip(b" \t")))
             lines[name] = number
         elif len(errors) < MOST_ERRORS:
             errors.append("%s:%d: %s" % (source, number, problem))
@@ -202,6 +204,7 @@ def env_value(text, start, end):
 def parse_env(text, source=".env"):
     r"""Return the variables of a .env file (bytes) as a dict of bytes to bytes.
 
+        file     as a Procfile, a UTF-8 byte order mark is skipped, and lines end in LF or CR LF
         line     blank, or a comment that starts with #, or  [export] NAME = value
         NAME     one or more of A-Z a-z 0-9 _
         value    'literal', may span lines; or "escaped", may span lines, where \n \t \" \\ \$ are
@@ -245,6 +248,11 @@ class Instance(namedtuple("Instance", "type number port command")):
     def name(self):
         """Its name, such as web.1."""
         return "%s.%d" % (self.type, self.number)
+
+    @property
+    def place(self):
+        """Its name where a dot will not do: web-1."""
+        return "%s-%d" % (self.type, self.number)
 
     @property
     def variables(self):
@@ -305,7 +313,7 @@ def base_port(option, *environments):
     if option is not None:
         return option
     text = next((each[b"PORT"] for each in environments if b"PORT" in each), b"5000")
-    if not re.fullmatch(rb"[0-9]{1,5}", text):
+    if not re.fullmatch(rb"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise Failure("PORT=%s in .env or the environment is not a port; use -p" % shown(text))
     return int(text)
 
@@ -404,10 +412,9 @@ def forwarded(command):
 
 def fields(plan, each, **others):
     """What the templates of the formats are filled with, for one instance."""
-    place = "%s-%d" % (each.type, each.number)
-    log = "%s/%s.log" % (plan.log, place) if plan.log else ""
+    log = "%s/%s.log" % (plan.log, each.place) if plan.log else ""
     return {**plan._asdict(), **each._asdict(), "name": each.name, "log": log,
-            "job": "%s-%s" % (plan.app, place), **others}
+            "job": "%s-%s" % (plan.app, each.place), **others}
 
 
 def own_variables(variables, each):
@@ -697,6 +704,8 @@ def kubernetes_problem(plan):
         return "kubernetes needs --image IMAGE"
     if plan.log:
         return "kubernetes keeps the logs itself; leave -l out"
+    if plan.base + 100 * (len(plan.types) - 1) > 65535:
+        return "a port is beyond 65535; choose a lower base port with -p"
     for name in ["%s-%s" % (plan.app, each.name) for each in plan.types]:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
             return "kubernetes takes no name `%s`: only a-z, 0-9 and -, at most 63" % name
@@ -730,9 +739,9 @@ def export_files(plan, instances, format):
     """Return the list of File of an export; raises Failure if something cannot be carried."""
     problem = plan_problem(plan, format)
     for each in instances:
-        if "%s-%d" % (each.type, each.number) in plan.counts:
-            problem = "%s and the process type %s-%d would collide; rename one" % (
-                each.name, each.type, each.number)
+        if each.place in plan.counts:
+            problem = "%s and the process type %s would collide; rename one" % (
+                each.name, each.place)
     if problem:
         raise Failure(problem)
     instances = [each._replace(command=as_str(each.command)) for each in instances]
@@ -745,7 +754,8 @@ COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 
 COLOUR = rb"\x1b\[[0-9;:]*m"
 ESCAPE = rb"\x1b\[[0-?]*[ -/]*[@-~]"    # any control sequence (ECMA-48, 5.4)
 # What moves the cursor out of its line, or changes the screen or the terminal's modes.
-ROAMING = rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnrsu]|[78DEMc]|[()#][0-9A-Z])"
+ROAMING = (rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnpqrsu]|[78DEMc=>]|[()#][0-9A-Z])"
+           rb"|[\x0b\x0c\x0e\x0f]")
 
 
 class Style(namedtuple("Style", "width colour stamp label")):
@@ -904,10 +914,12 @@ def until(times, now):
 # Everything above is pure; everything below talks to the kernel.
 
 def complain(*lines):
-    """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail."""
+    """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
+    stalled one none to hang."""
     try:
         text = "".join("procrun: %s\n" % line for line in lines)
-        os.write(2, text.encode("utf-8", "backslashreplace"))
+        if select.select((), (2,), (), 0)[1]:
+            os.write(2, text.encode("utf-8", "backslashreplace"))
     except OSError:
         pass
 
@@ -1067,6 +1079,7 @@ def become(ground, child, reports):
     """The forked side of a child; never returns.  It reports itself before exec, so that this is
     known before any of its output, or why it could not."""
     try:
+        signal.set_wakeup_fd(-1)    # the guard's, whose number may be stdout's below
         os.setsid()
         os.write(reports, b"started %d %d\n" % (child.place, os.getpid()))
         if child.terminal:
@@ -1140,7 +1153,7 @@ class Guard:
     It reads orders, each a byte: a signal for all groups.  Their end means that procrun is gone:
     then SIGTERM, after the grace period SIGKILL.  It reports in lines, `started PLACE PID`,
     `failed PLACE ERRNO`, `ended PLACE STATUS` and, of what a leader left behind and had to be
-    killed, `killed 0 PID`.  The end of the reports means that nothing is left.
+    killed, `killed 0 PID` (0 is no place).  The end of the reports means that nothing is left.
     """
 
     def __init__(self, ground, children, grace, terminal):
@@ -1200,8 +1213,9 @@ class Guard:
 
     def turn(self):
         """Wait for something to happen, and act upon it; between two forks, do not wait."""
-        now, forking = time.monotonic(), self.waiting and not self.stopped
-        times = [when for when, _ in self.steps[:1]] + [now] * bool(forking)
+        now, times = time.monotonic(), [when for when, _ in self.steps[:1]]
+        if self.waiting and not self.stopped:
+            times.append(now)
         if self.last and self.orphaned:
             times.append(now + 0.05)    # nothing tells when those have ended
         events = self.selector.select(until(times, now))
@@ -1303,8 +1317,9 @@ class Guard:
                 if child:
                     self.report(b"ended", child.place, status)
         except ChildProcessError:
-            self.over = not (self.waiting or self.orphaned)
+            self.over = not self.waiting
         self.orphaned = {group for group in self.orphaned if signal_group(group, 0)}
+        self.over = self.over and not self.orphaned
         if self.last:
             self.pursue()
 
@@ -1412,19 +1427,16 @@ Options.__doc__ = """How a set is run: grace period (seconds); the instances who
 end it; the instances whose output is dropped."""
 
 
-def ports_taken(ports):
-    """Return those of the ports that somebody listens on."""
+def port_taken(port):
+    """Whether somebody listens on a port."""
     import _socket    # the module that socket wraps; that one would take 3 ms to import
-    taken = []
-    for port in ports:
-        try:
-            probe = _socket.socket()
-            probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
-        except OSError as error:
-            taken += [port] * (error.errno == errno.EADDRINUSE)
-        probe = None    # closes it
-    return taken
+    try:
+        probe = _socket.socket()
+        probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 class Supervisor:
@@ -1474,9 +1486,8 @@ class Supervisor:
 
     def start(self, ground, attached):
         """Fork the guard, which forks the children."""
-        taken = ports_taken([child.instance.port for child in self.children])
         for instance in (child.instance for child in self.children):
-            if instance.port in taken:
+            if port_taken(instance.port):
                 self.say("%s: port %d is already in use" % (instance.name, instance.port))
         terminal = None
         if attached:
@@ -1612,8 +1623,9 @@ class Supervisor:
             self.begin(0)    # all that may die have died
 
     def on_guard_gone(self):
-        """The guard has ended: nothing is left.  But what a pipe holds is still to be read, and
-        where there is no subreaper, a process that has left its group may hold it."""
+        """The guard has ended: nothing is left, or it was killed, and the rest is ours to end.
+        What a pipe holds is still to be read; and where there is no subreaper, a process that has
+        left its group may hold it."""
         self.unwatch(self.reports)
         os.close(self.reports)
         self.reports = None
@@ -1639,12 +1651,14 @@ class Supervisor:
         for child in self.left:
             if child.pid:
                 signal_group(child.pid, signal.SIGKILL)
-        while own_children() - self.strangers:
-            for pid in own_children() - self.strangers:
-                if signal_group(os.getpgid(pid), signal.SIGKILL):
+        for pids in iter(lambda: own_children() - self.strangers, set()):
+            for pid in pids:
+                group = os.getpgid(pid)
+                if group != os.getpgrp() and signal_group(group, signal.SIGKILL):
                     os.waitpid(pid, 0)
                 else:
-                    self.strangers.add(pid)    # it has become another user's (sudo)
+                    self.strangers.add(pid)    # not of the set, or another user's by now (sudo)
+        self.left.clear()
 
     # -- signals and keys
 
@@ -1668,7 +1682,8 @@ class Supervisor:
                 self.reap()
 
     def on_end(self, number):
-        """A signal that ends procrun: the first begins the shutdown, a later Ctrl-C hurries it."""
+        """A signal that ends procrun: the first begins the shutdown, SIGINT or SIGTERM after it
+        hurry it."""
         if self.status is None:
             self.say("%s received, shutting down" % signal_name(number))
             self.begin(128 + number)
@@ -1937,7 +1952,8 @@ def keep_aside(path, aside):
 
 def install(location, files):
     """Write all files beside their places, then move them there; or leave all as it was, and raise
-    OSError.  What a file replaces has a second name until all is done."""
+    OSError.  What a file replaces has a second name until all is done.  Signals wait."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     undo, replaced = [], []
     paths = [os.path.join(location, file.path) for file in files]
     try:
@@ -1994,8 +2010,8 @@ def read_file(path):
 
 
 App = namedtuple("App", "types variables root")
-App.__doc__ = """What the files say: the process types; the environment (bytes to bytes) without
-procrun's own, which is that of .env and PYTHONUNBUFFERED; the root directory."""
+App.__doc__ = """What the files say: the process types; the variables of the environment files
+(bytes to bytes); the root directory."""
 
 
 def split_names(given):
@@ -2086,15 +2102,14 @@ def open_children(args, types, instances):
     colours = {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
     share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
-    children, attached = [], None
+    children = []
     for place, each in enumerate(instances):
         roaming = args.pty and os.isatty(1) and each not in wanted
         unwanted = b"|".join([COLOUR] * (args.color == "never") + [ROAMING] * roaming)
         source = Source(each.name, colours[each.type], unwanted)
         children.append(Child(place, each, source, args.pty or each in wanted))
         children[-1].open(capacity, each in wanted)
-        attached = children[-1] if each in wanted else attached
-    return children, attached
+    return children, next((child for child in children if child.instance in wanted), None)
 
 
 def enter_root(root):
@@ -2145,7 +2160,7 @@ def cmd_run(args):
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        known = ", ".join(each.name for each in types)
+        known = ", ".join(each.name for each in types if error.errno == errno.ENOENT)
         complain("%s: %s%s" % (command[0], error.strerror,
                                known and "; the process types are " + known))
         return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
@@ -2245,7 +2260,7 @@ def cmd_export(args):
     for name in gone:
         tell_export("removing: " + os.path.join(plan.location, name))
     start = FORMATS[args.format].start.format(app=plan.app, location=plan.location)
-    if args.user_units:
+    if args.user_units and args.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     tell_export("start it with: " + start)
     return 0
@@ -2282,16 +2297,18 @@ NAMES = dict(metavar="NAME[,NAME]", action="append")
 BASE_PORT = argument("-p", "--port", type=port_number, metavar="N",
                      help="base port (default: PORT of .env or the environment, or 5000)")
 FORMATION = [
-    argument("-c", "--concurrency", help="so many instances; types not named stay at 1", **COUNTS),
+    argument("-c", "--concurrency", help="so many instances; types not named stay at 1, or at the "
+             "N of all=N; repeatable", **COUNTS),
     argument("-m", "--formation", help="the same, but types not named are not run; all=N says how "
              "many of them", **COUNTS),
     BASE_PORT,
     argument("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
-             help="grace period between SIGTERM and SIGKILL (default: 5; 0 kills at once)")]
+             help="grace period between SIGTERM and SIGKILL (default: 5; start: 0 kills at once; "
+             "export: in whole seconds, 1 or more)")]
 START = FORMATION + [
     argument("names", nargs="*", metavar="NAME", help="run these process types only"),
     argument("--can-die", help="an exit 0 of these does not end the set", **NAMES),
-    argument("--quiet", help="drop the output of these; their ends are told", **NAMES),
+    argument("--quiet", help="drop the output of these; starts and exits are told", **NAMES),
     argument("--pty", action="store_true", help="give each process a terminal of its own"),
     argument("--attach", metavar="NAME",
              help="give the keyboard to web (web.1) or web.2; Ctrl-C twice, or Ctrl-\\, ends all"),

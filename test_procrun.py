@@ -248,9 +248,8 @@ def test_procfile_entries(text, expected):
     assert parsed(text) == expected
 
 
-def test_procfile_entries_know_their_lines():
-    types = procrun.parse_procfile(b"# c\na: x \\\ny\n\nb: z\n", "Procfile")
-    assert [each.line for each in types] == [2, 5]
+def test_procfile_lines_are_counted_as_they_stand():
+    assert parsed(b"# c\na: x \\\ny\n\nb z\n") == [5]
 
 
 @pytest.mark.parametrize("line, message", [
@@ -1676,6 +1675,27 @@ def test_values_are_for_the_owner_alone(tmp_path, format):
                      if data is not None}
 
 
+def test_kubernetes_has_a_port_for_each_type_that_is_not_run_too(tmp_path):
+    procfile(tmp_path, "worker: a\nweb: b\n")
+    status, out, errors = call(tmp_path, *"export kubernetes out --image i -p 65500 -c web=0".split())
+    assert (status, out) == (1, b"") and b"65535" in errors
+    assert not tmp_path.joinpath("out").exists()
+
+
+@needs("strace")
+def test_ctrl_c_does_not_halve_an_export(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    slowly = ["strace", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:delay_exit=20000"]
+    if subprocess.run([*slowly, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("strace cannot trace here")
+    with Run(tmp_path, "export", "systemd", "out", "-a", "myapp", "-u", "root", "-c", "web=20",
+             python=(*slowly, *compiled())) as run:
+        eventually(lambda: tmp_path.joinpath("out").exists() and os.listdir(str(tmp_path / "out")))
+        os.kill(children(run.pid)[0], signal.SIGINT)
+        assert run.wait() == 0
+    assert len(os.listdir(str(tmp_path / "out"))) == 23
+
+
 @needs("strace")
 @pytest.mark.parametrize("format", ["systemd", "supervisord", "runit"])
 def test_no_file_is_ever_open_to_others(tmp_path, format):
@@ -2931,6 +2951,49 @@ def test_nohup_keeps_its_meaning(tmp_path):
         assert b"SIGHUP" not in run.output
 
 
+NO_SUBREAPER = ("import sys; sys.path.insert(0, %r); import procrun; procrun.become_subreaper = bool; "
+                "sys.exit(procrun.main())" % HERE)
+
+
+def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
+    """As on macOS: nothing says that a leader's group has ended, but it is asked."""
+    app = procfile(tmp_path, "a: sleep 300 & echo up; exec sleep 301\nb: exec sleep 302\n")
+    with Run(app, "start", "-t", "60", python=(sys.executable, "-c", NO_SUBREAPER)) as run:
+        run.expect(rb"\| up$")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+def test_a_stalled_stderr_hangs_nothing(tmp_path):
+    reading, writing = os.pipe()
+    app = procfile(tmp_path, "a: exec yes\n")
+    both = ("sh", "-c", "exec \"$@\" 2>&1", "sh", *compiled())
+    with Run(app, "start", "-t", "1", stdout=writing, python=both) as run:
+        eventually(lambda: not select.select((), (writing,), (), 0)[1])
+        os.kill(guard(run), signal.SIGKILL)
+        assert run.process.wait(10) == 1
+    os.close(reading), os.close(writing)
+
+
+def test_strangers_are_not_ours_to_end(tmp_path):
+    """A shell's background job, which became procrun's child by `exec`, dies and leaves one."""
+    app = procfile(tmp_path, "a: echo up; exec sleep 300\n")
+    job = "sh -c 'sleep 301 & echo $! >left; echo $$ >job; wait' >/dev/null 2>&1 & exec \"$@\""
+    with Run(app, "start", python=("sh", "-c", job, "sh", *compiled()),
+             start_new_session=True) as run:
+        run.expect(rb"\| up$")
+        first = int(eventually(lambda: app.joinpath("job").exists()
+                               and app.joinpath("job").read_text()))
+        left, = children(first)
+        helper, = set(children(run.pid)) - {first}
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: left in children(run.pid))
+        os.kill(helper, signal.SIGKILL)
+        assert run.wait() == 1
+        assert b"the guard was killed" in run.output
+        os.kill(left, signal.SIGKILL)
+
+
 def test_no_signal_but_sigkill_ends_the_guard(tmp_path):
     with Run(procfile(tmp_path, "a: echo up; exec sleep 300\n"), "start") as run:
         run.expect(rb"\| up$")
@@ -4072,7 +4135,7 @@ def test_run_without_success(tmp_path, args, status):
     tmp_path.joinpath("plain").write_bytes(b"#!/bin/sh\n")
     found, out, errors = call(procfile(tmp_path, "web: echo\n"), "run", *args)
     assert (found, out) == (status, b"")
-    known = b"; the process types are web" * (len(args) == 1)
+    known = b"; the process types are web" * (len(args) == 1 and status == 127)
     assert re.fullmatch(rb"procrun: %s: [^\n;]+%s\n" % (re.escape(args[0].encode()), known), errors)
 
 
@@ -4120,7 +4183,7 @@ def test_errors_are_one_line(tmp_path, args, status, message):
     (b"web: a\n", b"A=1\nB\n C=2\nD='\n", [".env:2: .*", ".env:4: .*quote.*"]),
     (b"web: a\n", b"A\0\x1b[31m\xff\n", [r".env:1: [\x20-\x7e]+"]),
     (b"web: a\n", b"PORT=http\n", ["PORT=http .*"]),
-    (b"web: a\n", b"PORT=99999\n", ["web.1: .*99999.*"]),
+    (b"web: a\n", b"PORT=99999\n", ["PORT=99999 .*"]), (b"web: a\n", b"PORT=0\n", ["PORT=0 .*"]),
 ])
 def test_errors_of_the_files(tmp_path, text, env, lines):
     procfile(tmp_path, text, env)
