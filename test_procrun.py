@@ -2697,11 +2697,11 @@ def test_the_helper_survives_ctrl_c_and_a_closed_terminal(tmp_path, mode):
              preexec_fn=lambda: on_terminal(slave)) as run:
         os.close(slave)
         eventually(lambda: looked_at(master) + 1 and sleeping(run, b"30") == 6)
+        assert os.getsid(guard(run)) != os.getsid(run.pid)
         run.signal(signal.SIGSTOP)    # so that procrun itself cannot act
         eventually(lambda: facts(run.pid)["State"] == "T")
         os.write(master, b"\x03\x1c")
-        os.close(master)
-        assert not os.getsid(guard(run)) == os.getsid(run.pid)
+        os.close(master)              # which continues it
         run.signal(signal.SIGKILL)
 
 
