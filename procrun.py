@@ -1234,6 +1234,7 @@ class Guard:
     def on_order(self, fd):
         """procrun orders a signal, or is gone."""
         orders = os.read(fd, 4096)
+        self.reap()    # what has ended is not to be reported as killed
         for number in orders:
             self.send(signal.Signals(number))
         if not orders:
