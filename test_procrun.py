@@ -1132,7 +1132,8 @@ def runsvdir(location):
     try:
         yield control
     finally:
-        process.send_signal(signal.SIGHUP)    # end the services, too
+        process.send_signal(signal.SIGHUP)    # end the services, too; a SIGTERM beside it would win
+        process.wait(20)
         settle(process, tag)
 
 
