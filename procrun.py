@@ -41,7 +41,7 @@ found, 126 if it cannot be executed.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - Only ids that the kernel still reserves for us are signalled: dead children are looked at,
-#   their group is signalled, and only then are they reaped (elsewhere, as nearly as can be).
+#   their group is signalled, and only then are they reaped (on macOS, as nearly as can be).
 # - Nothing but select() waits as long as there is anything to do.  Signals arrive as bytes in a
 #   pipe, stdout is waited for like any other file descriptor, and while it takes nothing no child
 #   is read: that is the back-pressure.
@@ -250,7 +250,7 @@ class Instance(namedtuple("Instance", "type number port command")):
         return "%s.%d" % (self.type, self.number)
 
     @property
-    def place(self):
+    def dashed(self):
         """Its name where a dot will not do: web-1."""
         return "%s-%d" % (self.type, self.number)
 
@@ -412,9 +412,9 @@ def forwarded(command):
 
 def fields(plan, each, **others):
     """What the templates of the formats are filled with, for one instance."""
-    log = "%s/%s.log" % (plan.log, each.place) if plan.log else ""
+    log = "%s/%s.log" % (plan.log, each.dashed) if plan.log else ""
     return {**plan._asdict(), **each._asdict(), "name": each.name, "log": log,
-            "job": "%s-%s" % (plan.app, each.place), **others}
+            "job": "%s-%s" % (plan.app, each.dashed), **others}
 
 
 def own_variables(variables, each):
@@ -739,9 +739,9 @@ def export_files(plan, instances, format):
     """Return the list of File of an export; raises Failure if something cannot be carried."""
     problem = plan_problem(plan, format)
     for each in instances:
-        if each.place in plan.counts:
+        if each.dashed in plan.counts:
             problem = "%s and the process type %s would collide; rename one" % (
-                each.name, each.place)
+                each.name, each.dashed)
     if problem:
         raise Failure(problem)
     instances = [each._replace(command=as_str(each.command)) for each in instances]

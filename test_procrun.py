@@ -1903,6 +1903,7 @@ def test_user_units_and_the_user(tmp_path):
     assert not any(b"User=" in data for data in units.values())
     assert b"WantedBy=default.target" in units["myapp.target"]
     assert b"systemctl --user" in said and b"linger" in said
+    assert b"linger" not in export(tmp_path, "upstart", "jobs", "--user-units")
 
 
 @pytest.mark.parametrize("format", SOME)
@@ -2991,7 +2992,7 @@ def test_strangers_are_not_ours_to_end(tmp_path):
         eventually(lambda: left in children(run.pid))
         os.kill(helper, signal.SIGKILL)
         assert run.wait() == 1
-        assert b"the guard was killed" in run.output
+        assert b"the guard was killed" in run.output and b"sending" not in run.output
         os.kill(left, signal.SIGKILL)
 
 
@@ -3630,6 +3631,14 @@ def test_who_clears_the_screen_takes_nothing_from_others(tmp_path):
         screen.shows(r"worker\.1 \| kept$")
         screen.type("", "C-c")
         screen.shows(SHELL)
+
+
+def test_what_changes_the_line_or_the_modes_is_taken_out(tmp_path):
+    app = procfile(tmp_path, "web: printf 'a\\013b\\014c\\033=d\\033>e\\033[!pf\\033[2 qg\\016h"
+                             "\\017i\\033[?25lj\\033[31mk\\n'; cat\n")
+    with Terminal(app, "start", "--pty") as run:
+        run.expect(rb"\| abcdefghij\x1b\[31mk$")
+        run.type(b"\x03")
 
 
 # -- start --attach
