@@ -342,8 +342,10 @@ absolute path of the location."""
 
 NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif
     else esac eval exec exit export false fc fg fi for getopts hash if in jobs kill local printf
-    pwd read readonly return set shift source test then times trap true type ulimit umask unalias
-    unset until wait while""".split())
+    pwd read readonly return set shift source test then time times trap true type ulimit umask
+    unalias unset until wait while""".split())
+NO_TEXT = "[\0-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef%s]" % "".join(
+    chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xfffe, 0xffff))
 WAIT = """trap 'trap "" TERM; wait; exit 143' TERM; """
 FORWARD = """trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 
@@ -358,15 +360,21 @@ def shell_quote(text):
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-def escaped(text):
-    r"""The text in letters, digits, and \0ooo for any other byte: what `printf %b` turns back."""
-    return re.sub(rb"[^A-Za-z0-9_./-]", lambda match: b"\\0%03o" % ord(match[0]),
+def escaped(what, text):
+    r"""The text with \0ooo for each byte that some format might alter: `printf %b` turns it back.
+
+    Raises Failure that names `what` it is, if Linux would not take it any more (execve(2))."""
+    text = re.sub(rb"[^A-Za-z0-9_ ./:,=@+-]| (?= *\Z)", lambda match: b"\\0%03o" % ord(match[0]),
                   text.encode("utf-8", "surrogateescape")).decode()
+    if len(text) > 130000:
+        raise Failure("%s cannot be carried: escaped, it is too long" % what)
+    return text
 
 
 def is_text(value):
-    """Whether the value is valid UTF-8 without control characters, so that any format takes it."""
-    return not re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", value)
+    """Whether the value is valid UTF-8 without control characters and noncharacters (Unicode 23.7;
+    systemd and XML refuse those), so that any format takes it."""
+    return not re.search(NO_TEXT, value)
 
 
 def carried(variables, fits):
@@ -375,7 +383,8 @@ def carried(variables, fits):
     So no value need be altered or refused, nor come to stand in a command line.
     """
     odd = [name for name, value in variables.items() if not fits(value)]
-    return ({**variables, **{name: escaped(variables[name]) for name in odd}}, "".join(
+    return ({**variables, **{name: escaped("the value of " + name, variables[name])
+                             for name in odd}}, "".join(
         '{0}=$(printf %b_ "${0}"); {0}=${{{0}%_}}; '.format(name) for name in odd))
 
 
@@ -383,7 +392,7 @@ def portable(command):
     """The command as text that any format takes."""
     if is_text(command):
         return command
-    return 'eval "$(printf %%b %s)"' % shell_quote(escaped(command))
+    return 'eval "$(printf %%b %s)"' % shell_quote(escaped("a command", command))
 
 
 def waited(command):
@@ -430,7 +439,7 @@ respawn
 respawn limit unlimited
 kill timeout %(grace)d
 setuid %(user)s
-setgid %(group)s
+setgid %(gid)s
 chdir %(chdir)s
 script
 %(script)s
@@ -440,6 +449,11 @@ post-stop exec sleep 1
 """
 
 
+def upstart_word(text):
+    """The text as one word of a stanza, where a backslash escapes between single quotes, too."""
+    return shell_quote(text).replace("\\'", "\"'\"")
+
+
 def export_upstart(plan, instances):
     """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
 
@@ -447,7 +461,7 @@ def export_upstart(plan, instances):
     a line `end script`; and a script of more lines than one is passed by a pipe, not in argv.
     """
     for each in instances:
-        values = fields(plan, each, chdir=shell_quote(plan.root).replace("\\'", "\"'\""))
+        values = fields(plan, each, chdir=upstart_word(plan.root), gid=upstart_word(plan.group))
         lines = ["export %s=%s" % (name, shell_quote(value))
                  for name, value in own_variables(plan.variables, each).items()]
         lines += ["exec >>%s 2>&1" % shell_quote(values["log"])] * bool(plan.log)
@@ -569,7 +583,7 @@ def export_supervisord(plan, instances):
     for each in instances:
         values = fields(doubled, each, environment=",".join(
             '%s="%s"' % item for item in own_variables(variables, each).items()),
-            word=supervisor_word("sleep 1; " + prelude + waited(portable(each.command))))
+            word=supervisor_word(prelude + "sleep 1; " + waited(portable(each.command))))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
         jobs.append(values["job"])
@@ -579,24 +593,24 @@ def export_supervisord(plan, instances):
 
 RUNIT_RUN = """exec %(output)s
 service=$PWD
-echo $$ >group
+echo $$ >supervise/group
 cd %(directory)s || exit 111
 exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(word)s
 """
-RUNIT_TERM = """# runsv runs this in place of a SIGTERM to the leader alone
-read group <group || exit 0
-kill -s TERM -- "-$group"
+RUNIT_TERM = """# runsv runs this in place of a SIGTERM to the leader alone, and sends that if this fails: the
+# leader may not have a group of its own yet
+read group <supervise/pid && kill -s TERM -- "-$group" 2>/dev/null || exit 1
 (n=0
 while [ $n -lt %d ]; do
   sleep 1
-  read now <group && [ "$now" = "$group" ] || exit 0
+  read now <supervise/pid && [ "$now" = "$group" ] || exit 0
   n=$((n+1))
 done
 kill -s KILL -- "-$group") >/dev/null 2>&1 &
 """
 RUNIT_FINISH = """# what the leader left in its group goes, too
-read group <group && kill -s KILL -- "-$group" 2>/dev/null
-rm -f group
+read group <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
+rm -f supervise/group
 """
 
 
@@ -627,7 +641,7 @@ KUBERNETES_STOP = "case $(readlink /proc/1/exe) in *sh|*busybox) kill -s TERM --
 
 def kubernetes_word(text):
     """The text as an element of `command`: $(NAME) is expanded there, and $$ becomes $."""
-    return re.sub("\\$+(?=[(\x80-\uffff])|\\$\\$+", lambda match: match[0] * 2, text)
+    return re.sub("\\$+(?=[(\x80-\U0010ffff])|\\$\\$+", lambda match: match[0] * 2, text)
 
 
 def kubernetes_object(plan, kind, component, **content):
@@ -706,9 +720,13 @@ def kubernetes_problem(plan):
         return "kubernetes keeps the logs itself; leave -l out"
     if plan.base + 100 * (len(plan.types) - 1) > 65535:
         return "a port is beyond 65535; choose a lower base port with -p"
-    for name in ["%s-%s" % (plan.app, each.name) for each in plan.types]:
+    names = [each.name for each in plan.types]
+    for name in [plan.app] + names + ["%s-%s" % (plan.app, each) for each in names]:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-            return "kubernetes takes no name `%s`: only a-z, 0-9 and -, at most 63" % name
+            return ("kubernetes takes no name `%s`: only a-z, 0-9 and between them -, at most 63"
+                    % name)
+    if "web" in names and plan.app[0].isdigit():
+        return "kubernetes takes no service `%s-web`: a letter has to be the first" % plan.app
     return None
 
 
@@ -1903,9 +1921,11 @@ def begins_with(path, pattern):
         return False
 
 
-def marked(location, mark):
-    """Return the relative paths of the files in a folder, and two levels deeper, whose first
-    comment begins with the mark (bytes); links are not followed."""
+def marked(location, app, mark):
+    """Return the relative paths of the files that an export of the app may have written (in a
+    folder, and in service directories) whose first comment begins with the mark (bytes); links are
+    not followed."""
+    place = re.compile(r"(%s-[\w-]+-\d+/((env|control|log)/)?)?[^/]+" % re.escape(app))
     first = rb'(?:.*\n){0,2}(?:# |; |<!-- )%s|\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
     mark = re.escape(mark).replace(rb"\-\-", rb"\-(?:\-|&#45;)")    # as an XML comment has it
     pattern = re.compile(first % (mark, mark))
@@ -1913,8 +1933,9 @@ def marked(location, mark):
     for folder, folders, names in os.walk(location):
         if os.path.relpath(folder, location).count(os.sep):
             folders.clear()
-        paths = (os.path.join(folder, name) for name in names)
-        found += [os.path.relpath(path, location) for path in paths if begins_with(path, pattern)]
+        paths = (os.path.relpath(os.path.join(folder, name), location) for name in names)
+        found += [path for path in paths if place.fullmatch(path)
+                  and begins_with(os.path.join(location, path), pattern)]
     return sorted(found)
 
 
@@ -1951,12 +1972,14 @@ def keep_aside(path, aside):
         os.rename(path, aside)
 
 
-def install(location, files):
-    """Write all files beside their places, then move them there; or leave all as it was, and raise
-    OSError.  What a file replaces has a second name until all is done.  Signals wait."""
+def install(location, files, gone):
+    """Write all files beside their places, then move them there, and what is gone (paths below the
+    location) away; or leave all as it was, and raise OSError.  What goes or is replaced has
+    another name until all is done.  Signals wait."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    undo, replaced = [], []
+    undo, aside = [], []
     paths = [os.path.join(location, file.path) for file in files]
+    gone = [os.path.join(location, name) for name in gone]
     try:
         for path, file in zip(paths, files):
             make_folder(os.path.dirname(path), undo)
@@ -1964,13 +1987,17 @@ def install(location, files):
             write_new(beside(path, "new"), file.mode, file.text.encode("utf-8", "surrogateescape"))
         for path in paths:
             if os.path.lexists(path):
-                replaced.append(beside(path, "old"))
-                undo += (os.unlink, replaced[-1]), (os.replace, replaced[-1], path)
-                keep_aside(path, replaced[-1])
+                aside.append(beside(path, "old"))
+                undo += (os.unlink, aside[-1]), (os.replace, aside[-1], path)
+                keep_aside(path, aside[-1])
             else:
                 undo.append((os.unlink, path))
             os.replace(beside(path, "new"), path)
-        for folder in sorted(set(map(os.path.dirname, paths))):
+        for path in gone:
+            aside.append(beside(path, "old"))
+            undo.append((os.rename, aside[-1], path))
+            os.rename(path, aside[-1])
+        for folder in sorted(set(map(os.path.dirname, paths + gone))):
             fd = os.open(folder, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
@@ -1981,13 +2008,12 @@ def install(location, files):
             except OSError:
                 pass    # that step had not been taken
         raise
-    for path in replaced:
+    for path in aside:
         os.unlink(path)
 
 
-def remove(location, name):
-    """Remove a file, and the folders between, as far as they are empty then."""
-    os.unlink(os.path.join(location, name))
+def prune(location, name):
+    """Remove the folders between a location and a file that is gone, as far as they are empty."""
     try:
         while "/" in name:
             name = os.path.dirname(name)
@@ -2008,6 +2034,14 @@ def read_file(path):
     if len(text) > TOO_LARGE:
         raise Failure("%s: longer than %d MiB; is it the right file?" % (path, TOO_LARGE >> 20))
     return text
+
+
+def absolute(path):
+    """The absolute path; raises Failure.  What is above a link is another folder than it looks."""
+    try:
+        return os.path.realpath(path) if ".." in path.split("/") else os.path.abspath(path)
+    except OSError:
+        raise Failure("the current directory has been removed; change to one that is there")
 
 
 App = namedtuple("App", "types variables root")
@@ -2045,7 +2079,7 @@ def load_app(args, types):
     variables = {}
     for name in files or [default] * os.path.exists(default):
         variables.update(parse_env(read_file(name), name))
-    return App(types, variables, os.path.abspath(root))
+    return App(types, variables, absolute(root))
 
 
 def planned(args, app):
@@ -2201,10 +2235,10 @@ def make_plan(args, app, counts, base):
     import shlex
     name = os.path.basename(app.root) if args.app is None else args.app
     user = name if args.user is None else args.user
-    log = os.path.abspath(args.log) if args.log else ""
+    log = absolute(args.log) if args.log else ""
     again = [each for each in args.argv if each not in ("--force", "--dry-run")]
     mark = mark_of(args.format, name) + "Again: cd %s && python3 %s" % (
-        shlex.quote(os.getcwd()), " ".join(map(shlex.quote, [sys.argv[0]] + again)))
+        shlex.quote(absolute(".")), " ".join(map(shlex.quote, [sys.argv[0]] + again)))
     variables = {as_str(key): as_str(value) for key, value in
                  {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()}
     variables.pop("PORT", None), variables.pop("PS", None)    # an instance has its own
@@ -2212,7 +2246,7 @@ def make_plan(args, app, counts, base):
     grace = max(1, -int(-args.timeout // 1))
     group = primary_group(user) or user
     return Plan(name, user, group, root, log, grace, mark, variables, app.types, counts, base,
-                args.image, args.user_units, os.path.abspath(args.location))
+                args.image, args.user_units, absolute(args.location))
 
 
 def warn(plan, format):
@@ -2239,6 +2273,7 @@ def dry_run(plan, instances, format):
 
 def cmd_export(args):
     """procrun export: write the configuration of a process manager."""
+    import shlex
     app = load_app(args, load_types(args))
     counts, base, instances = planned(args, app)
     plan = make_plan(args, app, counts, base)
@@ -2248,19 +2283,18 @@ def cmd_export(args):
         dry_run(plan, instances, args.format)
         return 0
     try:
-        ours = marked(plan.location, mark_of(args.format, plan.app).encode())
+        ours = marked(plan.location, plan.app, mark_of(args.format, plan.app).encode())
         in_the_way(plan.location, files, ours, args.force)
-        install(plan.location, files)
         gone = sorted(set(ours) - {file.path for file in files})
-        for name in gone:
-            remove(plan.location, name)
+        install(plan.location, files, gone)
     except OSError as error:
         raise Failure("%s: %s" % (error.filename or plan.location, error.strerror))
     for file in files:
         tell_export("writing: " + os.path.join(plan.location, file.path))
     for name in gone:
         tell_export("removing: " + os.path.join(plan.location, name))
-    start = FORMATS[args.format].start.format(app=plan.app, location=plan.location)
+        prune(plan.location, name)
+    start = FORMATS[args.format].start.format(app=plan.app, location=shlex.quote(plan.location))
     if args.user_units and args.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     tell_export("start it with: " + start)

@@ -735,6 +735,8 @@ def run_by_supervisord(location):
 
 def run_by_runit(location):
     """With the real chpst."""
+    for path in location.glob("*/run"):
+        path.with_name("supervise").mkdir()    # as runsv does
     return {name[len("myapp-"):]: ([b"./run"], BASE, str(location / name))
             for name in {path.split("/")[0] for path in files(location)}}
 
@@ -757,7 +759,7 @@ respawn
 respawn limit unlimited
 kill timeout 5
 setuid root
-setgid root
+setgid 'root'
 chdir 'ROOT'
 script
 export PYTHONUNBUFFERED='1'
@@ -862,10 +864,10 @@ WantedBy=multi-user.target
 ; MARK
 
 [program:shop-web-1]
-command=/bin/sh -c 'sleep 1; SECRET=$(printf %%b_ "$SECRET"); SECRET=${SECRET%%_}; trap '"'"'trap "" TERM; wait; exit 143'"'"' TERM; cd www && ./serve $PORT'
+command=/bin/sh -c 'SECRET=$(printf %%b_ "$SECRET"); SECRET=${SECRET%%_}; sleep 1; trap '"'"'trap "" TERM; wait; exit 143'"'"' TERM; cd www && ./serve $PORT'
 directory=ROOT
 user=root
-environment=PYTHONUNBUFFERED="1",SECRET="50\0045\0040of\0040\0044x",PORT="5000",PS="web.1"
+environment=PYTHONUNBUFFERED="1",SECRET="50\0045 of \0044x",PORT="5000",PS="web.1"
 autostart=true
 autorestart=true
 startsecs=0
@@ -882,13 +884,13 @@ programs=shop-web-1
 == shop-web-1/control/t 0755
 #!/bin/sh
 # MARK
-# runsv runs this in place of a SIGTERM to the leader alone
-read group <group || exit 0
-kill -s TERM -- "-$group"
+# runsv runs this in place of a SIGTERM to the leader alone, and sends that if this fails: the
+# leader may not have a group of its own yet
+read group <supervise/pid && kill -s TERM -- "-$group" 2>/dev/null || exit 1
 (n=0
 while [ $n -lt 5 ]; do
   sleep 1
-  read now <group && [ "$now" = "$group" ] || exit 0
+  read now <supervise/pid && [ "$now" = "$group" ] || exit 0
   n=$((n+1))
 done
 kill -s KILL -- "-$group") >/dev/null 2>&1 &
@@ -908,8 +910,8 @@ web.1
 #!/bin/sh
 # MARK
 # what the leader left in its group goes, too
-read group <group && kill -s KILL -- "-$group" 2>/dev/null
-rm -f group
+read group <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
+rm -f supervise/group
 == shop-web-1/log/run 0755
 #!/bin/sh
 # MARK
@@ -919,7 +921,7 @@ mkdir -p main && exec svlogd -tt main
 # MARK
 exec 2>&1
 service=$PWD
-echo $$ >group
+echo $$ >supervise/group
 cd 'ROOT' || exit 111
 exec chpst -P -u root -e "$service/env" /bin/sh -c 'trap '\''trap "" TERM; wait; exit 143'\'' TERM; cd www && ./serve $PORT'
 """,
@@ -1173,7 +1175,8 @@ b""",
     r"""printf '<%s>' '<a href="x">' '&amp;' '&lt;' "--" '-->' '<![CDATA['""",
     r"""printf '<%s>' 'end script'; : end script""",
     r"""printf '<%s>' "  leading" "trailing  " '	tab	' 	tabs	between """,
-    r"""printf '<%s>' é ünï "日本語" '😀' '$é' "a$é" '%é' \é""",
+    r"""printf '<%s>' é ünï "日本語" '😀' '$é' "a$é" '%é' \é '$😀'""",
+    "printf '<%s>' 'no' 'characters' '\ufdd0' '\uffff' '\U0001fffe'",
     b"""printf '<%s>' \xff\xfe 'caf\xe9' '$\xe9' ok""",
     b"""printf '<%s>' 'a\x01b' 'bell\x07' 'esc\x1b[0m' 'del\x7f' 'nel\xc2\x85' 'nbsp\xc2\xa0'""",
     b"""printf '<%s>' 'cr\rlf' 'vt\x0b' 'ff\x0c' 'fs\x1c' 'ls\xe2\x80\xa8' 'bom\xef\xbb\xbf'""",
@@ -1232,7 +1235,7 @@ VALUES = [
     b"<a>&lt;]]>", b"{[()]}", b"line1\nline2", b"\n", b"\nx", b"x\n", b"x \n y\t\n", b"a\n\nb",
     b"x\nend script\ny", b"x\n\tend  script # c\ny", b"x\n  indented\n", b"x\n[section]\nK=v\n",
     b"a\\\nb", b"-----BEGIN KEY-----\nMIIB+/==\n-----END KEY-----\n", b"cr\rlf\r\n", b"\x01\x02",
-    b"\x1b[0m", b"\x7f", "é日本😀".encode(), "$é".encode(), b"nel\xc2\x85", b"ls\xe2\x80\xa8",
+    b"\x1b[0m", b"\x7f", "é日本😀".encode(), "$é".encode(), "\ufdef\ufffe\U0010ffff".encode(), b"nel\xc2\x85", b"ls\xe2\x80\xa8",
     b"\xef\xbb\xbfbom", b"\xff\xfe", b"caf\xe9", b'{"a": ["b", 1]}',
     b"postgres://u:p%40ss@h/db?x=1&y=%20#f", b"x" * 3000,
 ]
@@ -1263,7 +1266,7 @@ def awkward_commands(format):
     """Commands for the Procfile, the variables that they use, and some others."""
     words = [each.replace(b"\n", b"").replace(b"'", b"'\\''") for each in randomly(300, "words")]
     variables = dict(PROGRAM=b"printf", SPACED=b"a  b", QUOTED=b"'a' \"b\\\"", LINES=b"a\n b\n",
-                     PATH=b"/nowhere:" + BASE[b"PATH"])
+                     PATH="/nöwhere:".encode() + BASE[b"PATH"])
     return list(map(os.fsencode, AWKWARD)) + [b"printf '<%s>' '" + b"' '".join(words) + b"'"], {
         name.encode(): value for name, value in variables.items()}
 
@@ -1350,6 +1353,34 @@ def test_systemd_has_nothing_to_say(tmp_path, options):
     result = subprocess.run(["systemd-analyze", "verify", *units], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, timeout=30)
     assert (result.returncode, result.stdout) == (0, b"")
+
+
+def test_an_upstart_job_has_a_group_of_two_words(tmp_path):
+    def prepare():
+        procrun.primary_group = lambda user: "domain users"
+    export(procfile(tmp_path, "web: a\n"), "upstart", tmp_path / "out", prepare=prepare)
+    job = upstart_job(files(tmp_path / "out")["myapp-web-1.conf"].decode())
+    assert job["setgid"] == ["domain users"]
+
+
+@needs("bash")
+def test_time_is_a_word_of_some_shells(tmp_path):
+    export(procfile(tmp_path, "web: time echo up\n"), "launchd", tmp_path / "out")
+    (argv, *_), = run_by_launchd(tmp_path / "out").values()
+    words = [word.replace(b"/bin/sh", shutil.which("bash").encode() + b" --posix") for word in argv]
+    result = subprocess.run(words[0].split() + words[1:], env={"PATH": "/nowhere"},
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert result.stdout == b"up\n"
+
+
+@pytest.mark.parametrize("format", ["launchd", "supervisord"])
+def test_a_long_value_is_carried_or_refused(tmp_path, format):
+    """A string of the environment has at most 128 KiB, and some bytes have to be escaped."""
+    procfile(tmp_path, "web: a\n", "LONG='%s'\n" % ("\1 a%b" * 25000))
+    assert b"LONG" in export(tmp_path, format, tmp_path / "out", status=1)
+    assert not tmp_path.joinpath("out").exists()
+    procfile(tmp_path, "web: a\n", "LONG='%s'\n" % ("http://x:1/a,b=c " * 7000))
+    export(tmp_path, format, tmp_path / "out")
 
 
 @pytest.mark.parametrize("value", [b"\xff", b"caf\xe9"])
@@ -1481,6 +1512,34 @@ def test_a_real_manager_runs_restarts_and_stops_it_all(tmp_path, format):
             os.kill(pid, signal.SIGKILL)
 
 
+@as_root
+@needs_linux
+@needs("runsvdir", "sv", "chpst", "svlogd")
+def test_runit_stops_what_it_has_just_started(tmp_path):
+    """runsv is between fork and exec, or the shell has not become chpst yet."""
+    tag, location = "APP_TEST=" + uuid.uuid4().hex, tmp_path / "out"
+    procfile(tmp_path, "web: exec sleep 300\n", tag)
+    export(tmp_path, "runit", location, "-c", "web=20", "-l", tmp_path, "-t", "60")
+    services = sorted(location.iterdir())
+    for each in services:
+        each.joinpath("down").touch()
+
+    def down(each, since):
+        """Whether runsv says so, and that it is so since another moment (of 12 bytes)."""
+        with contextlib.suppress(FileNotFoundError):
+            return (each.joinpath("supervise", "stat").read_text().startswith("down")
+                    and each.joinpath("supervise", "status").read_bytes()[:12] != since)
+    since = dict.fromkeys(services)
+    with runsvdir(location):
+        for _ in range(4):
+            eventually(lambda: all(map(down, services, since.values())) and not leftovers(tag))
+            for each in services:
+                since[each] = each.joinpath("supervise", "status").read_bytes()[:12]
+                with open(str(each / "supervise" / "control"), "wb", buffering=0) as control:
+                    control.write(b"ud")
+        eventually(lambda: all(map(down, services, since.values())) and not leftovers(tag))
+
+
 @needs_linux
 @pytest.mark.parametrize("format, to_all", [("upstart", True), ("systemd", False),
                                             ("launchd", False)])
@@ -1592,6 +1651,45 @@ def test_other_files_are_left_alone(tmp_path, format):
     assert {path: after.get(path) for path in before} == before
     export(theirs, format, location, app="my")
     assert tree(location) == after
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_copies_elsewhere_and_exports_to_other_folders_are_left_alone(tmp_path, format):
+    location = tmp_path / "out"
+    procfile(tmp_path, "web: a\nold: b\n")
+    for folder in location, location / "staging", location / "two" / "deep":
+        export(tmp_path, format, folder)
+    shutil.copytree(str(location / "staging"), str(location / "backup"))
+    before = {path: each for path, each in tree(location).items()
+              if path.startswith(("staging", "backup", "two"))}
+    procfile(tmp_path, "web: changed\n")
+    assert b"removing: %s/" % os.fsencode(location) in export(tmp_path, format, location) or \
+        not LOST[format]
+    after = tree(location)
+    assert {path: after.get(path) for path in before} == before
+
+
+@as_root
+@needs_linux
+@needs("mount", "umount")
+@pytest.mark.parametrize("format, name", [("systemd", "myapp-old-1.service"),
+                                          ("runit", "myapp-old-1/env/PORT")])
+def test_a_file_that_cannot_be_removed_changes_nothing(tmp_path, format, name):
+    location = tmp_path / "out"
+    procfile(tmp_path, "web: a\nold: b\n")
+    export(tmp_path, format, location)
+    path = str(location / name)
+    if subprocess.run(["mount", "--bind", path, path], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        before = tree(location)
+        procfile(tmp_path, "web: changed\nnew: b\n")
+        assert name.encode() in export(tmp_path, format, location, status=1)
+        assert tree(location) == before
+    finally:
+        subprocess.run(["umount", path], check=True)
+    export(tmp_path, format, location)
+    assert not os.path.exists(path)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -1879,6 +1977,52 @@ def test_what_cannot_be_carried_is_refused(tmp_path, format, options, said):
 def test_variables_that_cannot_be_carried_are_refused(tmp_path, format, text):
     export(procfile(tmp_path, "web: a\n", text), format, "out", status=1)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("app, name", [
+    ("2048", "web"), ("app-", "worker"), ("app", "-web"), ("app", "web-"), ("app", "Web"),
+    ("app", "a_b"), ("my.app", "worker"), ("app", "x" * 60)])
+def test_names_that_kubernetes_does_not_take(tmp_path, app, name):
+    """Labels and containers: RFC 1123, services: RFC 1035; see its "Object Names and IDs"."""
+    procfile(tmp_path, "%s: a\nother: b\n" % name)
+    said = export(tmp_path, "kubernetes", "out", app=app, status=1)
+    assert b"kubernetes takes no " in said and not tmp_path.joinpath("out").exists()
+    procfile(tmp_path, "worker: a\n")
+    export(tmp_path, "kubernetes", "out", app="2048")
+
+
+@pytest.mark.parametrize("words", [
+    "start -f -", "start -d . -f ROOT/Procfile", "run true",
+    "export upstart ROOT/out -u root -d ROOT", "export upstart out -u root -d ROOT"])
+def test_a_current_directory_that_is_gone(tmp_path, words):
+    procfile(tmp_path, "web: echo hi\n")
+    status, out, errors = ask(tmp_path, command=[
+        "sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "sh", *compiled(),
+        *words.replace("ROOT", str(tmp_path)).split()], input=b"web: echo hi\n")
+    assert (status, out) == (1, b"")
+    assert errors.count(b"\n") == 1 and errors.startswith(b"procrun: the current directory")
+
+
+def test_what_is_above_a_link(tmp_path):
+    real, here = tmp_path / "real", tmp_path / "here"
+    real.joinpath("sub").mkdir(parents=True)
+    here.mkdir()
+    here.joinpath("link").symlink_to(real / "sub")
+    procfile(real, "web: pwd -P\n")
+    for words in ["-f", "link/../Procfile"], ["-d", "link/.."]:
+        with Run(here, "start", *words) as run:
+            assert run.wait() == 0
+            assert os.fsencode(real) in run.lines("web.1")
+
+
+def test_the_command_that_starts_it_can_be_pasted(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    said = export(tmp_path, "runit", "it is here")
+    command = said.splitlines()[-1].partition(b"start it with: ")[2].decode()
+    tmp_path.joinpath("service").mkdir()
+    subprocess.run(command.replace("/etc/service/", "service"), shell=True, check=True,
+                   cwd=str(tmp_path))
+    assert tmp_path.joinpath("service", "myapp-web-1", "run").exists()
 
 
 def test_kubernetes_needs_an_image(tmp_path):
