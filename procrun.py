@@ -261,15 +261,15 @@ class Instance(namedtuple("Instance", "type number port command")):
 
 
 def parse_counts(text):
-    """Return {name: count} of a formation such as "web=2,worker=4"; raises UsageError."""
-    counts = {}
+    """Return [(name, count)] of a formation such as "web=2,worker=4"; raises UsageError."""
+    counts = []
     for item in text.split(","):
         name, equals, count = (part.strip() for part in item.partition("="))
         if not equals or not name:
             raise UsageError("expected NAME=COUNT, found `%s`" % item)
         if not re.fullmatch("[0-9]{1,5}", count):
             raise UsageError("`%s` is not a count, in `%s`" % (count, item))
-        counts[name] = int(count)
+        counts.append((name, int(count)))
     return counts
 
 
@@ -2049,11 +2049,6 @@ App.__doc__ = """What the files say: the process types; the variables of the env
 (bytes to bytes); the root directory."""
 
 
-def split_names(given):
-    """["a,b", "c"] -> ["a", "b", "c"]."""
-    return [name for each in given or () for name in each.split(",")]
-
-
 def procfile_path(args):
     """Where the Procfile is: -f, else in the root directory, else here."""
     return args.procfile or os.path.join(args.root or "", "Procfile")
@@ -2074,20 +2069,17 @@ def load_app(args, types):
     """Read the environment files, and find the root directory."""
     path = procfile_path(args)
     root = args.root or ("." if path == "-" else os.path.dirname(path))
-    files = split_names((args.env_before or []) + (args.env or []))
     default = os.path.join(root, ".env")
     variables = {}
-    for name in files or [default] * os.path.exists(default):
+    for name in args.env_before + args.env or [default] * os.path.exists(default):
         variables.update(parse_env(read_file(name), name))
     return App(types, variables, absolute(root))
 
 
 def planned(args, app):
     """Return ({type: concurrency}, base port, instances) that the command line asks for."""
-    given = {}
-    for each in args.concurrency or args.formation or ():
-        given.update(each)
-    counts = formation(app.types, given, 0 if args.formation else 1, getattr(args, "names", ()))
+    given, default = dict(args.concurrency + args.formation), 0 if args.formation else 1
+    counts = formation(app.types, given, default, getattr(args, "names", ()))
     base = base_port(args.port, app.variables, os.environb)
     instances = expand(app.types, counts, base)
     if not instances:
@@ -2159,8 +2151,8 @@ def cmd_start(args):
     """procrun start: run the formation until it ends."""
     app = load_app(args, load_types(args))
     instances = planned(args, app)[2]
-    options = Options(args.timeout, selected(split_names(args.can_die), instances, "--can-die"),
-                      selected(split_names(args.quiet), instances, "--quiet"))
+    options = Options(args.timeout, selected(args.can_die, instances, "--can-die"),
+                      selected(args.quiet, instances, "--quiet"))
     enter_root(app.root)
     tidy_fds()
     limits = raise_fd_limit(2 * len(instances) + 20 + len(open_fds()))
@@ -2315,6 +2307,11 @@ def port_number(text):
     return int(text)
 
 
+def split_names(text):
+    """An argparse type: "a,b" -> ["a", "b"]."""
+    return text.split(",")
+
+
 def argument(*flags, **details):
     """One argument of a command, as argparse's add_argument() takes it."""
     return flags, details
@@ -2325,10 +2322,10 @@ COMMON = [
              help="the Procfile (default: Procfile in the root directory; - is standard input)"),
     argument("-d", "--root", metavar="DIR",
              help="where the commands run and .env is (default: the Procfile's folder)"),
-    argument("-e", "--env", metavar="FILE[,FILE]", action="append",
+    argument("-e", "--env", metavar="FILE[,FILE]", action="extend", type=split_names,
              help="read these instead of .env; repeatable")]
-COUNTS = dict(metavar="NAME=N[,NAME=N]", action="append", type=parse_counts)
-NAMES = dict(metavar="NAME[,NAME]", action="append")
+COUNTS = dict(metavar="NAME=N[,NAME=N]", action="extend", type=parse_counts, default=[])
+NAMES = dict(metavar="NAME[,NAME]", action="extend", type=split_names, default=[])
 BASE_PORT = argument("-p", "--port", type=port_number, metavar="N",
                      help="base port (default: PORT of .env or the environment, or 5000)")
 FORMATION = [
@@ -2396,9 +2393,9 @@ def build_parser():
 
     parser = Parser(prog="procrun", description=__doc__)
     parser.add(COMMON[:2])
-    parser.add(COMMON[2:], dest="env_before")
+    parser.add(COMMON[2:], dest="env_before", default=[])
     parser.add_argument("--version", action="version", version="procrun " + VERSION)
-    parser.set_defaults(env=None)
+    parser.set_defaults(env=[])
     commands = parser.add_subparsers(dest="name", metavar="COMMAND")
     for name, (function, options, text) in COMMANDS.items():
         formats = "".join("\n    %-12s %s: %s" % (
