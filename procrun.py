@@ -959,14 +959,6 @@ def read_some(fd, most=LITTLE):
         raise
 
 
-def pipe(*blocking):
-    """os.pipe() whose reading and writing end block or not."""
-    ends = os.pipe()
-    for fd, blocks in zip(ends, blocking):
-        os.set_blocking(fd, blocks)
-    return ends
-
-
 def widen(fd, capacity):
     """Give a pipe this capacity (bytes) where the system can: fewer, larger reads."""
     try:
@@ -996,6 +988,15 @@ def nothing(*_):
     """A signal handler: the signal's byte in the wake-up pipe says it all."""
 
 
+def wakeup_pipe():
+    """Have the caught signals arrive as bytes in a pipe; return its reading end."""
+    fd, wakeup = os.pipe()
+    os.set_blocking(fd, False)
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    return fd
+
+
 def catch_signals():
     """Have the caught signals arrive as bytes in a pipe, and do nothing else.
 
@@ -1004,8 +1005,7 @@ def catch_signals():
     """
     # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-    fd, wakeup = pipe(False, False)
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    fd = wakeup_pipe()
     for number in CAUGHT - ignored:
         signal.signal(number, nothing)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -1187,7 +1187,8 @@ class Guard:
 
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
-        (orders, order), (report, self.reports) = os.pipe(), pipe(False, True)
+        (orders, order), (report, self.reports) = os.pipe(), os.pipe()
+        os.set_blocking(report, False)
         # The named ones: of others, CPython takes 100 us to tell a child that they were blocked.
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.Signals)
         try:
@@ -1220,8 +1221,7 @@ class Guard:
         nameless = signal.valid_signals() - set(signal.Signals)
         for number in nameless.union(self.ground.signals) - {signal.SIGCHLD}:
             signal.signal(number, nothing if number in nameless else signal.SIG_DFL)
-        signals, wakeup = pipe(False, False)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        signals = wakeup_pipe()
         self.selector = selectors.DefaultSelector()
         self.selector.register(orders, selectors.EVENT_READ, self.on_order)
         self.selector.register(signals, selectors.EVENT_READ, read_some)
