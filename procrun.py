@@ -1154,17 +1154,6 @@ def peek():
     return info.si_pid, info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
-def restore_terminal(path, raw, old):
-    """Give a terminal its old modes back, if it has the raw ones (it may be another by now)."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
-        if termios.tcgetattr(fd) == raw:
-            termios.tcsetattr(fd, termios.TCSANOW, old)
-        os.close(fd)
-    except (OSError, termios.error):
-        pass    # it is gone
-
-
 class Guard:
     """The parent of all children: a process that forks, signals and reaps them.
 
@@ -1174,9 +1163,9 @@ class Guard:
     killed, `killed 0 PID` (0 is no place).  The end of the reports means that nothing is left.
     """
 
-    def __init__(self, ground, children, grace, terminal):
+    def __init__(self, ground, children, grace, keyboard):
         self.ground, self.waiting, self.grace = ground, list(children), grace
-        self.terminal = terminal    # what restore_terminal() needs if procrun is killed, or None
+        self.keyboard = keyboard    # whose terminal is restored if procrun is killed, or None
         self.leaders = {}           # process id -> Child, not reaped
         self.orphaned = set()       # groups that outlived their leader, where none is adopted
         self.last = None            # SIGTERM or SIGKILL once it was sent
@@ -1257,8 +1246,8 @@ class Guard:
             self.send(signal.Signals(number))
         if not orders:
             self.selector.unregister(fd)
-            if self.terminal:
-                restore_terminal(*self.terminal)
+            if self.keyboard:
+                self.keyboard.give_back()
             if not self.last:
                 self.send(signal.SIGTERM)
             killing = self.last == signal.SIGKILL
@@ -1432,6 +1421,16 @@ class Keyboard:
         except (OSError, termios.error):
             pass    # it is gone
 
+    def give_back(self):
+        """The same from another session: .old, if it has .raw (it may be another's by now)."""
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY)
+            if termios.tcgetattr(fd) == self.raw:
+                termios.tcsetattr(fd, termios.TCSANOW, self.old)
+            os.close(fd)
+        except (OSError, termios.error):
+            pass    # it is gone
+
     def split(self, typed):
         """Yield (signal or None, bytes): keys that stand for signals, and what is between."""
         keys = b"|".join(map(re.escape, self.keys)) or b"(?!)"
@@ -1508,18 +1507,14 @@ class Supervisor:
         for instance in (child.instance for child in self.children):
             if port_taken(instance.port):
                 self.say("%s: port %d is already in use" % (instance.name, instance.port))
-        terminal = None
         if attached:
             self.attached, self.printer.prompt = attached, attached.source
             self.keyboard = Keyboard()
             self.watch(0, self.on_keys)
-            terminal = self.keyboard.path, self.keyboard.raw, self.keyboard.old
-        stdin, self.unwritten = os.pipe()
-        guard = Guard(ground._replace(stdin=stdin), self.children, self.options.grace, terminal)
         self.resize()
+        guard = Guard(ground, self.children, self.options.grace, self.keyboard)
         self.guard, self.orders, self.reports = guard.fork()
         self.watch(self.reports, self.on_reports)
-        os.close(stdin)
         for child in self.children:
             if not child.terminal:
                 child.release()
@@ -2163,7 +2158,8 @@ def cmd_start(args):
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
     signals, altered = catch_signals()
-    ground = Ground(app.root, app.variables, None, limits, altered)
+    stdin = os.pipe()[0]    # its writing end is open as long as procrun is there
+    ground = Ground(app.root, app.variables, stdin, limits, altered)
     supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
     return supervisor.run(children, ground, attached)
 
