@@ -1340,7 +1340,7 @@ class Sink:
 
     def __init__(self, fd):
         self.fd, self.full, self.error = fd, False, None
-        self.moved = 0            # bytes written so far
+        self.moved = False        # whether anything was written since that was last asked
         self.most = None          # bytes to write at once, None: any number
         self.selector = selectors.DefaultSelector()
         try:
@@ -1366,11 +1366,11 @@ class Sink:
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes."""
         try:
+            while queue:
+                if self.most and not self.selector.select(0):
+                    raise BlockingIOError
+                self.write_once(queue)
             self.full = False
-            while queue and not self.full:
-                self.full = bool(self.most and not self.selector.select(0))
-                if not self.full:
-                    self.write_once(queue)
         except BlockingIOError:
             self.full = True
         except OSError as error:
@@ -1381,7 +1381,7 @@ class Sink:
         """One system call."""
         batch = [queue[0][:self.most]] if self.most else queue[:256]
         taken = os.writev(self.fd, batch)
-        self.moved += taken
+        self.moved = True
         done = 0
         while done < len(batch) and taken >= len(queue[done]):
             taken -= len(queue[done])
@@ -1467,7 +1467,6 @@ class Supervisor:
         self.steps = []            # what is left of the shutdown
         self.status = None         # the exit status, from the begin of the shutdown on
         self.patience = 0          # until when (monotonic) to wait for a stdout that takes nothing
-        self.moved = 0             # what stdout had taken when that was last looked at
         self.over = False          # the shutdown has been given up
         self.killed = []           # what got SIGKILL: names of instances, "process N"
         self.attached = self.keyboard = self.guard = self.guard_status = None
@@ -1845,8 +1844,8 @@ class Supervisor:
     def give_up(self):
         """The time is over.  While stdout takes something, go on; else end: what still holds a
         pipe has left its group where that cannot be helped (not Linux)."""
-        if self.sink.full and self.sink.moved != self.moved:
-            self.moved = self.sink.moved
+        if self.sink.full and self.sink.moved:
+            self.sink.moved = False
             self.steps = [(time.monotonic() + LAST, GIVE_UP)]
             return
         self.over = True
