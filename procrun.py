@@ -1640,10 +1640,7 @@ class Supervisor:
         What a pipe holds is still to be read; and where there is no subreaper, a process that has
         left its group may hold it."""
         self.unwatch(self.reports)
-        os.close(self.reports)
-        self.reports = None
-        if self.bury_guard() != 0:
-            self.take_over()
+        if not self.bury_guard():
             self.fail("the guard was killed")
         self.steps = [(max(time.monotonic() + LAST, self.patience), GIVE_UP)]
         for child in self.children:
@@ -1651,12 +1648,6 @@ class Supervisor:
             self.drain(child)
         if self.killed:
             self.say("killed %d: %s" % (len(self.killed), ", ".join(self.killed)))
-
-    def bury_guard(self):
-        """Reap the guard; return its status, 0 if it did its work."""
-        if self.guard_status is None:
-            self.guard_status = os.waitpid(self.guard, 0)[1]
-        return self.guard_status
 
     def take_over(self):
         """The guard was killed: end its children, which are ours now (elsewhere than on Linux, the
@@ -1672,6 +1663,16 @@ class Supervisor:
                 else:
                     self.strangers.add(pid)    # not of the set, or another user's by now (sudo)
         self.left.clear()
+
+    def bury_guard(self):
+        """Reap the guard; return whether it did its work; if it was killed, do it."""
+        os.close(self.reports)    # or it could wait for somebody to read them
+        self.reports = None
+        if self.guard_status is None:
+            self.guard_status = os.waitpid(self.guard, 0)[1]
+        if self.guard_status != 0:
+            self.take_over()
+        return self.guard_status == 0
 
     # -- signals and keys
 
@@ -1709,9 +1710,7 @@ class Supervisor:
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
         try:
-            pid = True
-            while pid:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+            for pid, status in iter(partial(os.waitpid, -1, os.WNOHANG), (0, 0)):
                 if pid == self.guard:
                     self.guard_status = status
         except ChildProcessError:
@@ -1884,9 +1883,7 @@ class Supervisor:
             self.order(signal.SIGKILL)
             os.close(self.orders)
             if self.reports is not None:
-                os.close(self.reports)    # or the guard could wait for somebody to read them
-                if self.bury_guard() != 0:
-                    self.take_over()
+                self.bury_guard()
         if self.keyboard:
             self.keyboard.set(self.keyboard.old)
         signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
