@@ -1382,11 +1382,8 @@ class Sink:
         batch = [queue[0][:self.most]] if self.most else queue[:256]
         taken = os.writev(self.fd, batch)
         self.moved = True
-        done = 0
-        while done < len(batch) and taken >= len(queue[done]):
-            taken -= len(queue[done])
-            done += 1
-        del queue[:done]
+        while queue and taken >= len(queue[0]):
+            taken -= len(queue.pop(0))
         if taken:
             queue[0] = memoryview(queue[0])[taken:]
 
