@@ -2066,8 +2066,8 @@ def load_app(args, types):
 
 def planned(args, app):
     """Return ({type: concurrency}, base port, instances) that the command line asks for."""
-    given, default = dict(args.concurrency + args.formation), 0 if args.formation else 1
-    counts = formation(app.types, given, default, getattr(args, "names", ()))
+    given = dict(args.concurrency + args.formation)
+    counts = formation(app.types, given, 0 if args.formation else 1, getattr(args, "names", ()))
     base = base_port(args.port, app.variables, os.environb)
     instances = expand(app.types, counts, base)
     if not instances:
