@@ -1381,7 +1381,7 @@ class Sink:
         """One system call."""
         batch = [queue[0][:self.most]] if self.most else queue[:256]
         taken = os.writev(self.fd, batch)
-        self.moved = True
+        self.moved |= taken > 0
         while queue and taken >= len(queue[0]):
             taken -= len(queue.pop(0))
         if taken:
