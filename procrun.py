@@ -1053,7 +1053,7 @@ class Child:
             self.fd, self.output = os.openpty()
             modes = termios.tcgetattr(self.output)
             modes[1] &= ~termios.OPOST    # or each line ends in CR LF
-            modes[3] &= ~termios.ECHO | (termios.ECHO if echo else 0)
+            modes[3] &= ~(0 if echo else termios.ECHO)
             termios.tcsetattr(self.output, termios.TCSANOW, modes)
         else:
             self.fd, self.output = os.pipe()
@@ -1851,7 +1851,6 @@ class Supervisor:
                 self.printer.finish(child.source)
                 self.say("its output is still held by a process that could not be ended",
                          child.source)
-        self.flush()
 
     def finished(self):
         """Whether nothing is left and everything is told, or the shutdown was given up."""
