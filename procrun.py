@@ -256,8 +256,8 @@ class Instance(namedtuple("Instance", "type number port command")):
 
     @property
     def variables(self):
-        """What it adds to the environment (bytes to bytes)."""
-        return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
+        """What it adds to the environment (str to str)."""
+        return {"PORT": str(self.port), "PS": self.name}
 
 
 def parse_counts(text):
@@ -426,11 +426,6 @@ def fields(plan, each, **others):
             "job": "%s-%s" % (plan.app, each.dashed), **others}
 
 
-def own_variables(variables, each):
-    """The variables (str to str) with those of the instance."""
-    return {**variables, "PORT": str(each.port), "PS": each.name}
-
-
 UPSTART = """# %(mark)s
 description "%(app)s %(name)s"
 start on starting %(app)s-%(type)s
@@ -463,7 +458,7 @@ def export_upstart(plan, instances):
     for each in instances:
         values = fields(plan, each, chdir=upstart_word(plan.root), gid=upstart_word(plan.group))
         lines = ["export %s=%s" % (name, shell_quote(value))
-                 for name, value in own_variables(plan.variables, each).items()]
+                 for name, value in {**plan.variables, **each.variables}.items()]
         lines += ["exec >>%s 2>&1" % shell_quote(values["log"])] * bool(plan.log)
         lines += ["exec /bin/sh -c " + shell_quote(waited(each.command))]
         script = re.sub(r"(?m)^([ \t\r]*end)(?=[ \t\r]+script)", r"\1''", "\n".join(lines))
@@ -542,7 +537,7 @@ def export_launchd(plan, instances):
         text = plistlib.dumps(dict(
             Label=values["job"], UserName=plan.user, WorkingDirectory=plan.root,
             ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(each.command))],
-            EnvironmentVariables=own_variables(variables, each),
+            EnvironmentVariables={**variables, **each.variables},
             KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace,
             **(logs if plan.log else {})))
         yield File(values["job"] + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
@@ -582,7 +577,7 @@ def export_supervisord(plan, instances):
     text, jobs = "; %s\n" % plan.mark, []
     for each in instances:
         values = fields(doubled, each, environment=",".join(
-            '%s="%s"' % item for item in own_variables(variables, each).items()),
+            '%s="%s"' % item for item in {**variables, **each.variables}.items()),
             word=supervisor_word(prelude + "sleep 1; " + waited(portable(each.command))))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
@@ -597,8 +592,8 @@ echo $$ >supervise/group
 cd %(directory)s || exit 111
 exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(word)s
 """
-RUNIT_TERM = """# runsv runs this in place of a SIGTERM to the leader alone, and sends that if this fails: the
-# leader may not have a group of its own yet
+RUNIT_TERM = """# in place of a SIGTERM to the leader alone, which runsv sends
+# if this fails: the leader may not have a group of its own yet
 read group <supervise/pid && kill -s TERM -- "-$group" 2>/dev/null || exit 1
 (n=0
 while [ $n -lt %d ]; do
@@ -625,7 +620,7 @@ def export_runit(plan, instances):
         values = fields(plan, each, directory=shell_quote(plan.root),
                         word=shell_quote(prelude + waited(each.command)))
         output = ">>%s 2>&1" % shell_quote(values["log"]) if plan.log else "2>&1"
-        for name, value in own_variables(variables, each).items():
+        for name, value in {**variables, **each.variables}.items():
             yield File("%s/env/%s" % (values["job"], name), 0o600,
                        "%s\n# %s\n" % (value.replace("\n", "\0"), plan.mark))
         if not plan.log:
@@ -776,22 +771,8 @@ ROAMING = (rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnpqrsu]|[78DEMc=>]|[()#][0-9A
            rb"|[\x0b\x0c\x0e\x0f]")
 
 
-class Style(namedtuple("Style", "width colour stamp label")):
-    """What a prefix looks like: the label's width, and whether colour, time, label are shown."""
-    __slots__ = ()
-
-    def prefix(self, source, now):
-        """The prefix (bytes) of a source at `now`, in seconds since the epoch."""
-        if not self.label:
-            return b""
-        stamp = time.strftime("%H:%M:%S ", time.localtime(now)) if self.stamp else ""
-        text = "%s%-*s | " % (stamp, self.width, source.label)
-        return ("\x1b[%sm%s\x1b[0m" % (source.colour, text) if self.colour else text).encode()
-
-    @property
-    def columns(self):
-        """How wide a prefix is on a terminal."""
-        return (self.width + 3 + 9 * self.stamp) * self.label
+Style = namedtuple("Style", "width colour stamp label")
+Style.__doc__ = "A prefix: the label's width, and whether colour, time and label are shown."
 
 
 class Source:
@@ -825,15 +806,19 @@ class Printer:
 
     def __init__(self, style, clock):
         self.style, self.clock = style, clock
+        self.margin = (style.width + 3 + 9 * style.stamp) * style.label    # columns of a prefix
         self.queue = []
         self.open = None        # the source whose unfinished line stands at the end of the output
         self.prompt, self.line, self.columns = None, b"", 80    # line: what the prompt has shown
 
     def prefix(self, source):
         """The bytes in front of each line of the source, as of now."""
-        now = int(self.clock())
-        if source.second != now:
-            source.second, source.prefix = now, self.style.prefix(source, now)
+        style, now = self.style, int(self.clock())
+        if source.second != now and style.label:
+            stamp = time.strftime("%H:%M:%S ", time.localtime(now)) if style.stamp else ""
+            text = "%s%-*s | " % (stamp, style.width, source.label)
+            text = "\x1b[%sm%s\x1b[0m" % (source.colour, text) if style.colour else text
+            source.second, source.prefix = now, text.encode()
         return source.prefix
 
     def lead(self, source):
@@ -854,7 +839,7 @@ class Printer:
             data = source.wanted(data)
         if source is self.prompt and self.style.label:
             # Its carriage returns lead to the end of its prefix.
-            data = re.sub(rb"\r(?!\n)", b"\r\x1b[%dC" % self.style.columns, data)
+            data = re.sub(rb"\r(?!\n)", b"\r\x1b[%dC" % self.margin, data)
         end = data.rfind(b"\n") + 1
         if end:
             prefix = self.prefix(source)
@@ -892,8 +877,8 @@ class Printer:
     def wipe(self):
         """What takes the prompt's line off the terminal."""
         text = re.sub(ESCAPE + rb"|[\0-\x0c\x0e-\x1f]", b"", self.line).decode("utf-8", "replace")
-        longest = self.style.columns + max(map(len, text.split("\r")))
-        rows = max(0, longest - 1) // max(1, self.columns)
+        longest = self.margin + max(map(len, text.split("\r")))
+        rows = max(0, longest - 1) // self.columns
         return b"\r" + b"\x1b[%dA" % rows * bool(rows) + b"\x1b[J"
 
     def restore(self):
@@ -1532,43 +1517,6 @@ class Supervisor:
         elif error:
             self.fail("cannot write the output: %s" % error.strerror)
 
-    def on_output(self, child):
-        """A child has written, or its output is at its end, or it takes what is typed again."""
-        if self.typed and child is self.attached:
-            self.type(b"")
-        if child.pid is None:
-            self.on_reports()    # it reported itself before it wrote anything
-        if child.fd is None or self.sink.full:
-            return
-        data = read_some(child.fd, child.appetite)
-        if data:
-            child.appetite = CHUNK if len(data) >= LITTLE else LITTLE
-            self.take(child, data)
-        elif data is not None:
-            self.close(child)
-
-    def take(self, child, data):
-        """Pass on what was read from a child."""
-        if self.sink.error or child.instance in self.options.quiet:
-            return
-        self.printer.feed(child.source, data)
-        self.partial.pop(child, None)
-        if child.source.tail:
-            self.partial[child] = time.monotonic() + QUIET
-        if len(data) >= LITTLE:
-            self.flush()
-
-    def drain(self, child):
-        """A dead leader's last words: what its pipe holds now.  Others may hold the pipe, too, and
-        go on writing, so this is bounded by what a pipe can hold."""
-        room = CHUNK
-        while child.fd is not None and room > 0 and not self.sink.full:
-            data = read_some(child.fd, CHUNK)
-            if data is None:
-                return
-            room -= len(data)
-            self.take(child, data) if data else self.close(child)
-
     def close(self, child):
         """The output of a child is at its end."""
         self.busy.unregister(child.fd)
@@ -1582,6 +1530,39 @@ class Supervisor:
         """Tell the exit of a child that is done."""
         if child.fd is None and child.status is not None:
             self.say(child.ending, child.source)
+
+    def read(self, child, most):
+        """Pass on what a child has written, `most` bytes of it; return how many there were."""
+        if child.fd is None or self.sink.full:
+            return 0
+        data = read_some(child.fd, most)
+        if data == b"":
+            self.close(child)
+        elif data and not self.sink.error and child.instance not in self.options.quiet:
+            self.printer.feed(child.source, data)
+            self.partial.pop(child, None)
+            if child.source.tail:
+                self.partial[child] = time.monotonic() + QUIET
+            if len(data) >= LITTLE:
+                self.flush()
+        return len(data or b"")
+
+    def on_output(self, child):
+        """A child has written, or its output is at its end, or it takes what is typed again."""
+        if self.typed and child is self.attached:
+            self.type(b"")
+        if child.pid is None:
+            self.on_reports()    # it reported itself before it wrote anything
+        size = self.read(child, child.appetite)
+        child.appetite = CHUNK if size >= LITTLE else LITTLE
+
+    def drain(self, child):
+        """A dead leader's last words: what its pipe holds now.  Others may hold the pipe, too, and
+        go on writing, so this is bounded by what a pipe can hold."""
+        room = size = CHUNK
+        while room > 0 and size:
+            size = self.read(child, CHUNK)
+            room -= size
 
     def show_partial(self):
         """Show the unfinished lines that have been quiet for long enough."""
@@ -1741,7 +1722,7 @@ class Supervisor:
             wide, high = os.get_terminal_size(1)
             if wide and high:    # a terminal that was never told has 0x0
                 self.printer.columns, rows = wide, high
-                columns = max(1, wide - self.printer.style.columns)
+                columns = max(1, wide - self.printer.margin)
         except OSError:
             pass
         size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
@@ -2167,7 +2148,7 @@ def cmd_run(args):
     overlay(app.variables)
     counts = {each.name: int(each.name == command[0]) for each in types}
     for instance in expand(types, counts, base_port(args.port, app.variables, os.environb)):
-        os.environb.update(instance.variables)
+        os.environ.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     enter_root(app.root)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):    # which CPython ignores
@@ -2220,8 +2201,8 @@ def make_plan(args, app, counts, base):
     mark = mark_of(args.format, name) + "Again: cd %s && python3 %s" % (
         shlex.quote(absolute(".")), " ".join(map(shlex.quote, [sys.argv[0]] + again)))
     variables = {as_str(key): as_str(value) for key, value in
-                 {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()}
-    variables.pop("PORT", None), variables.pop("PS", None)    # an instance has its own
+                 {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()
+                 if key not in (b"PORT", b"PS")}    # an instance has its own
     root = app.root if args.format != "kubernetes" or args.root else ""
     grace = max(1, -int(-args.timeout // 1))
     group = primary_group(user) or user
@@ -2360,8 +2341,9 @@ COMMANDS = {
     "version": (cmd_version, [], "print the version")}
 
 
-def build_parser():
-    """The command line, as argparse has it."""
+def build_parser(words):
+    """The command line, as argparse has it; only a command that is among its words is complete
+    (the options of all would take 2 ms)."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -2390,23 +2372,25 @@ def build_parser():
             key, each.help, each.start.format(app="APP", location="LOCATION"))
             for key, each in FORMATS.items()) if name == "export" else ""
         sub = commands.add_parser(name, help=text, description=text + formats)
-        sub.add(COMMON, default=argparse.SUPPRESS)
-        sub.add(options)
-        sub.set_defaults(function=function)
+        if name in words:
+            sub.add(COMMON, default=argparse.SUPPRESS)
+            sub.add(options)
+            sub.set_defaults(function=function)
     return parser
 
 
 def main(argv=None):
     """Run procrun; return its exit status."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        parser = build_parser()
-        args = parser.parse_args(argv)
+        parser = build_parser(words)
+        args = parser.parse_args(words)
         if not args.name:
             parser.print_help()
             return 2
         if getattr(args, "concurrency", None) and args.formation:
             raise UsageError("-c and -m exclude each other")
-        args.argv = sys.argv[1:] if argv is None else argv
+        args.argv = words
         return args.function(args)
     except Failure as failure:
         complain(*failure.args)

@@ -884,8 +884,8 @@ programs=shop-web-1
 == shop-web-1/control/t 0755
 #!/bin/sh
 # MARK
-# runsv runs this in place of a SIGTERM to the leader alone, and sends that if this fails: the
-# leader may not have a group of its own yet
+# in place of a SIGTERM to the leader alone, which runsv sends
+# if this fails: the leader may not have a group of its own yet
 read group <supervise/pid && kill -s TERM -- "-$group" 2>/dev/null || exit 1
 (n=0
 while [ $n -lt 5 ]; do
