@@ -256,8 +256,8 @@ class Instance(namedtuple("Instance", "type number port command")):
 
     @property
     def variables(self):
-        """What it adds to the environment (str to str)."""
-        return {"PORT": str(self.port), "PS": self.name}
+        """What it adds to the environment (bytes to bytes)."""
+        return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
 
 
 def parse_counts(text):
@@ -426,6 +426,11 @@ def fields(plan, each, **others):
             "job": "%s-%s" % (plan.app, each.dashed), **others}
 
 
+def own_variables(variables, each):
+    """The variables (str to str) with those of the instance."""
+    return {**variables, "PORT": str(each.port), "PS": each.name}
+
+
 UPSTART = """# %(mark)s
 description "%(app)s %(name)s"
 start on starting %(app)s-%(type)s
@@ -458,7 +463,7 @@ def export_upstart(plan, instances):
     for each in instances:
         values = fields(plan, each, chdir=upstart_word(plan.root), gid=upstart_word(plan.group))
         lines = ["export %s=%s" % (name, shell_quote(value))
-                 for name, value in {**plan.variables, **each.variables}.items()]
+                 for name, value in own_variables(plan.variables, each).items()]
         lines += ["exec >>%s 2>&1" % shell_quote(values["log"])] * bool(plan.log)
         lines += ["exec /bin/sh -c " + shell_quote(waited(each.command))]
         script = re.sub(r"(?m)^([ \t\r]*end)(?=[ \t\r]+script)", r"\1''", "\n".join(lines))
@@ -537,7 +542,7 @@ def export_launchd(plan, instances):
         text = plistlib.dumps(dict(
             Label=values["job"], UserName=plan.user, WorkingDirectory=plan.root,
             ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(each.command))],
-            EnvironmentVariables={**variables, **each.variables},
+            EnvironmentVariables=own_variables(variables, each),
             KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace,
             **(logs if plan.log else {})))
         yield File(values["job"] + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
@@ -577,7 +582,7 @@ def export_supervisord(plan, instances):
     text, jobs = "; %s\n" % plan.mark, []
     for each in instances:
         values = fields(doubled, each, environment=",".join(
-            '%s="%s"' % item for item in {**variables, **each.variables}.items()),
+            '%s="%s"' % item for item in own_variables(variables, each).items()),
             word=supervisor_word(prelude + "sleep 1; " + waited(portable(each.command))))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
@@ -620,7 +625,7 @@ def export_runit(plan, instances):
         values = fields(plan, each, directory=shell_quote(plan.root),
                         word=shell_quote(prelude + waited(each.command)))
         output = ">>%s 2>&1" % shell_quote(values["log"]) if plan.log else "2>&1"
-        for name, value in {**variables, **each.variables}.items():
+        for name, value in own_variables(variables, each).items():
             yield File("%s/env/%s" % (values["job"], name), 0o600,
                        "%s\n# %s\n" % (value.replace("\n", "\0"), plan.mark))
         if not plan.log:
@@ -789,7 +794,7 @@ class Source:
     def wanted(self, data):
         """The data without what is unwanted; an escape sequence cut in two waits for its rest."""
         data = self.held + data
-        cut = re.search(rb"\x1b(?:\[[0-?]{0,30}[ -/]{0,5}|[()#])?\Z", data)
+        cut = re.search(rb"\x1b(?:\[[0-?]{0,100}[ -/]{0,5}|[()#])?\Z", data)
         data, self.held = (data[:cut.start()], cut[0]) if cut else (data, b"")
         return re.sub(self.unwanted, b"", data)
 
@@ -910,8 +915,9 @@ def due(steps, now):
 
 
 def until(times, now):
-    """Seconds from now until the first of some times; None if there is none."""
-    return max(0, min(times) - now) if times else None
+    """Seconds from now until the first of some times, but a day at most (epoll takes no more than
+    24); None if there is none."""
+    return max(0, min(86400, min(times) - now)) if times else None
 
 
 # Everything above is pure; everything below talks to the kernel.
@@ -919,17 +925,21 @@ def until(times, now):
 def complain(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
     stalled one none to hang."""
+    text = "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "backslashreplace")
     try:
-        text = "".join("procrun: %s\n" % line for line in lines)
-        if select.select((), (2,), (), 0)[1]:
-            os.write(2, text.encode("utf-8", "backslashreplace"))
+        while text and select.select((), (2,), (), 0)[1]:
+            text = text[os.write(2, text[:512]):]    # so much does not block (PIPE_BUF, POSIX)
     except OSError:
         pass
 
 
 def open_fds():
-    """The numbers of the open file descriptors, as a list (of a moment ago: one may be closed)."""
-    return [int(name) for name in os.listdir("/dev/fd")]
+    """The numbers of the open file descriptors, as a list (of a moment ago: one may be closed);
+    raises Failure."""
+    try:
+        return [int(name) for name in os.listdir("/dev/fd")]
+    except OSError as error:
+        raise Failure("/dev/fd: %s; on Linux, /proc has to be mounted" % error.strerror)
 
 
 def read_some(fd, most=LITTLE):
@@ -942,6 +952,17 @@ def read_some(fd, most=LITTLE):
         if error.errno == errno.EIO:    # how a PTY says that its last writer is gone
             return b""
         raise
+
+
+def own_description(fd, flags):
+    """Open anew what an fd is open for: a file description of our own, non-blocking, as the given
+    one is shared with others.  Raises OSError."""
+    flags |= os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        return os.open("/proc/self/fd/%d" % fd, flags)
+    except PermissionError:    # su: the terminal is another user's
+        os.tcgetpgrp(fd)       # raises OSError if it is not the controlling one either, which is
+        return os.open("/dev/tty", flags)    # open to everybody
 
 
 def widen(fd, capacity):
@@ -1063,19 +1084,17 @@ class Child:
         return "terminated by " + signal_name(-self.status)
 
 
-Ground = namedtuple("Ground", "root variables stdin limits signals")
-Ground.__doc__ = """What all children stand on: the root directory, the variables of .env (bytes to
+Ground = namedtuple("Ground", "root environment stdin limits signals")
+Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to
 bytes), the fd of their stdin, RLIMIT_NOFILE, and the signals that are to have their default
 disposition."""
 
 
-def overlay(variables):
-    """Put these variables (bytes to bytes) of .env over the environment of this process."""
-    os.environb.setdefault(b"PYTHONUNBUFFERED", b"1")    # Python's prints appear at once
-    os.environb.update(variables)
-    for name in filter(None, os.environb):
-        os.unsetenv(name)    # all of that name; putenv() would replace the first, a shell take
-        os.putenv(name, os.environb[name])    # the last
+def environment(variables):
+    """The environment of this process with these variables (bytes to bytes) of .env over it."""
+    inherited = {name: value for name, value in os.environb.items() if name}
+    # Python's prints appear at once.
+    return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
 
 
 def become(ground, child, reports):
@@ -1087,14 +1106,14 @@ def become(ground, child, reports):
         os.write(reports, b"started %d %d\n" % (child.place, os.getpid()))
         if child.terminal:
             fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
-            os.environb.setdefault(b"TERM", b"dumb")
+            ground.environment.setdefault(b"TERM", b"dumb")
         os.dup2(child.output if child.terminal else ground.stdin, 0)
         os.dup2(child.output, 1)
         os.dup2(child.output, 2)
         os.chdir(ground.root)
         resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.execv("/bin/sh", [b"/bin/sh", b"-c", child.instance.command])
+        os.execve("/bin/sh", [b"/bin/sh", b"-c", child.instance.command], ground.environment)
     except OSError as error:
         os.write(reports, b"failed %d %d\n" % (child.place, error.errno))
     finally:
@@ -1102,9 +1121,6 @@ def become(ground, child, reports):
 
 
 # Guard: the set outlives nobody ------------------------------------------------------------------
-
-CHILDREN = "/proc/thread-self/children"
-
 
 def become_subreaper():
     """Have orphaned descendants become our children (Linux); return whether that is so."""
@@ -1116,12 +1132,15 @@ def become_subreaper():
 
 
 def own_children():
-    """The process ids of all children, adopted ones included (Linux; elsewhere none), as a set."""
+    """The process ids of all children, adopted ones included, as a set; None where nothing tells
+    them: not on Linux, nor if /proc is missing or that of another PID namespace."""
     try:
-        with open(CHILDREN) as file:
-            return set(map(int, file.read().split()))
+        if os.readlink("/proc/self") == str(os.getpid()):
+            with open("/proc/thread-self/children") as file:
+                return set(map(int, file.read().split()))
     except OSError:
-        return set()
+        pass
+    return None
 
 
 def peek():
@@ -1186,11 +1205,11 @@ class Guard:
         that anybody waits for."""
         os.setsid()
         os.chdir("/")
-        overlay(self.ground.variables)
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
+        keep.add(self.keyboard and self.keyboard.spare)
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # one of them is closed already
-        self.adopts = become_subreaper() and os.path.exists(CHILDREN)
+        self.adopts = become_subreaper() and own_children() is not None
         # Once, not in each child: here they are blocked, and exec turns handlers into the default.
         nameless = signal.valid_signals() - set(signal.Signals)
         for number in nameless.union(self.ground.signals) - {signal.SIGCHLD}:
@@ -1247,8 +1266,7 @@ class Guard:
 
     def spawn(self, child):
         """Fork a child; if that fails, no more."""
-        for variable in child.instance.variables.items():
-            os.putenv(*variable)    # for the child: here each thing costs it a copied page less
+        self.ground.environment.update(child.instance.variables)
         try:
             pid = os.fork()
             if not pid:
@@ -1339,14 +1357,13 @@ class Sink:
     def open_again(self):
         """Get a non-blocking file description of our own; the given one is shared with others.
 
-        Where that cannot be had (a socket, macOS, a terminal of another user), no more is written
-        at once than a writable pipe takes without blocking (PIPE_BUF, POSIX)."""
+        Where that cannot be had (a socket, macOS), no more is written at once than a writable pipe
+        takes without blocking (PIPE_BUF, POSIX); a terminal promises no more than a byte."""
         try:
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-            self.fd = os.open("/proc/self/fd/%d" % self.fd, flags)
+            self.fd = own_description(self.fd, os.O_WRONLY)
             widen(self.fd, CHUNK)
         except OSError:
-            self.most = 512
+            self.most = 1 if os.isatty(self.fd) else 512
 
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes."""
@@ -1379,6 +1396,8 @@ class Keyboard:
     """The user's terminal (fd 0) while an instance is attached: it passes each key on as it is."""
 
     def __init__(self):
+        if self.in_background():
+            os.kill(0, signal.SIGTTIN)      # what the modes are now is the shell's; fg goes on
         self.old, modes = termios.tcgetattr(0), termios.tcgetattr(0)
         modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.ISTRIP | termios.IXON)
         modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
@@ -1390,23 +1409,36 @@ class Keyboard:
         self.set(modes)
         self.raw = termios.tcgetattr(0)     # as the terminal has it
         try:
-            self.path = os.ttyname(0)
+            self.fd = own_description(0, os.O_RDONLY)    # or a read would block after an fg
         except OSError:
-            self.path = os.devnull          # a terminal of another mount namespace
+            self.fd = 0
+        self.path = self.spare = None       # how the guard gets at it: it is to hold no terminal
+        try:
+            self.path = os.ttyname(0)
+            os.close(os.open(self.path, os.O_RDWR | os.O_NOCTTY))
+        except OSError:
+            self.spare = os.dup(0)          # su, or another mount namespace: it cannot be opened
+
+    def in_background(self):
+        """Whether the terminal is that of another group now."""
+        try:
+            return os.tcgetpgrp(0) != os.getpgrp()
+        except OSError:
+            return False    # it is gone, or not the controlling one
 
     def set(self, modes):
         """Set the terminal's modes, to .raw or .old; not from the background, where SIGTTOU would
         stop procrun: `fg` brings a SIGCONT."""
         try:
-            if os.tcgetpgrp(0) == os.getpgrp():
+            if not self.in_background():
                 termios.tcsetattr(0, termios.TCSANOW, modes)
-        except (OSError, termios.error):
+        except termios.error:
             pass    # it is gone
 
     def give_back(self):
         """The same from another session: .old, if it has .raw (it may be another's by now)."""
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY)
+            fd = self.spare or os.open(self.path, os.O_RDWR | os.O_NOCTTY)
             if termios.tcgetattr(fd) == self.raw:
                 termios.tcsetattr(fd, termios.TCSANOW, self.old)
             os.close(fd)
@@ -1432,10 +1464,15 @@ def port_taken(port):
     import _socket    # the module that socket wraps; that one would take 3 ms to import
     try:
         probe = _socket.socket()
+    except OSError:
+        return False
+    try:
         probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         probe.bind(("", port))
     except OSError as error:
         return error.errno == errno.EADDRINUSE
+    finally:
+        probe.close()
     return False
 
 
@@ -1450,13 +1487,15 @@ class Supervisor:
         self.status = None         # the exit status, from the begin of the shutdown on
         self.patience = 0          # until when (monotonic) to wait for a stdout that takes nothing
         self.over = False          # the shutdown has been given up
+        self.lost = False          # output could not be written
         self.killed = []           # what got SIGKILL: names of instances, "process N"
         self.attached = self.keyboard = self.guard = self.guard_status = None
         self.typed = bytearray()   # what the attached child has not taken yet
         self.report = b""          # the unfinished line of the guard's reports
         self.arrived = b""         # signals (bytes) that are not acted upon yet
         become_subreaper()         # for the case that the guard is killed
-        self.strangers = own_children()    # a shell's that exec'ed procrun, say: not ours to end
+        self.reap()                # what has died before anybody could tell
+        self.strangers = own_children() or set()    # of a shell that became procrun, say
         self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
         self.watch(signals, self.on_signals)
         if sink.waits:
@@ -1491,7 +1530,7 @@ class Supervisor:
         if attached:
             self.attached, self.printer.prompt = attached, attached.source
             self.keyboard = Keyboard()
-            self.watch(0, self.on_keys)
+            self.watch(self.keyboard.fd, self.on_keys)
         self.resize()
         guard = Guard(ground, self.children, self.options.grace, self.keyboard)
         self.guard, self.orders, self.reports = guard.fork()
@@ -1511,11 +1550,19 @@ class Supervisor:
         """Write what is queued, as far as stdout takes it."""
         self.printer.restore()
         self.sink.write(self.printer.queue)
-        error = self.sink.error
-        if error and error.errno in (errno.EPIPE, errno.EIO) and self.status is None:
-            self.begin(128 + signal.SIGPIPE)    # nobody reads any more
-        elif error:
-            self.fail("cannot write the output: %s" % error.strerror)
+        if self.sink.error and not self.lost:
+            self.lost = True
+            self.on_lost(self.sink.error)
+
+    def on_lost(self, error):
+        """Output is lost, because nobody reads any more, or for a worse reason."""
+        unread = error.errno in (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+        if not unread:
+            complain("cannot write the output: %s" % error.strerror)
+        if self.status is None:
+            self.begin(128 + signal.SIGPIPE if unread else 1)
+        elif not unread:
+            self.status = self.status or 1
 
     def close(self, child):
         """The output of a child is at its end."""
@@ -1633,7 +1680,7 @@ class Supervisor:
         for child in self.left:
             if child.pid:
                 signal_group(child.pid, signal.SIGKILL)
-        for pids in iter(lambda: own_children() - self.strangers, set()):
+        for pids in iter(lambda: (own_children() or set()) - self.strangers, set()):
             for pid in pids:
                 group = os.getpgid(pid)
                 if group != os.getpgrp() and signal_group(group, signal.SIGKILL):
@@ -1732,9 +1779,10 @@ class Supervisor:
 
     def on_keys(self):
         """Keys for the attached child; those of signals end the set, or stop it."""
-        typed, now = read_some(0), time.monotonic()
+        typed, now = read_some(self.keyboard.fd), time.monotonic()
         if typed == b"":
-            self.unwatch(0)
+            self.unwatch(self.keyboard.fd)
+        self.keyboard.set(self.keyboard.raw)    # a shell's bg and fg may not have told
         for number, data in self.keyboard.split(typed or b""):
             first = self.status is None and now - self.keyboard.interrupted > 1
             if number == signal.SIGTSTP:
@@ -1810,6 +1858,8 @@ class Supervisor:
         if number == signal.SIGKILL:
             self.killed += self.alive()
         self.order(number)
+        if self.guard_status is None:
+            os.kill(self.guard, signal.SIGCONT)    # in case that somebody has stopped it
 
     def tell(self):
         """Say who is waited for."""
@@ -2132,7 +2182,7 @@ def cmd_start(args):
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
     signals, altered = catch_signals()
     stdin = os.pipe()[0]    # its writing end is open as long as procrun is there
-    ground = Ground(app.root, app.variables, stdin, limits, altered)
+    ground = Ground(app.root, environment(app.variables), stdin, limits, altered)
     supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
     return supervisor.run(children, ground, attached)
 
@@ -2145,16 +2195,16 @@ def cmd_run(args):
     known = args.procfile or os.path.exists(procfile_path(args))
     types = load_types(args) if known and len(command) == 1 else []
     app = load_app(args, types)
-    overlay(app.variables)
+    variables = environment(app.variables)
     counts = {each.name: int(each.name == command[0]) for each in types}
     for instance in expand(types, counts, base_port(args.port, app.variables, os.environb)):
-        os.environ.update(instance.variables)
+        variables.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     enter_root(app.root)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):    # which CPython ignores
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvp(command[0], command)
+        os.execvpe(command[0], command, variables)
     except OSError as error:
         known = ", ".join(each.name for each in types if error.errno == errno.ENOENT)
         complain("%s: %s%s" % (command[0], error.strerror,

@@ -8,6 +8,7 @@ import atexit
 import concurrent.futures
 import configparser
 import contextlib
+import ctypes
 import fcntl
 import functools
 import http.client
@@ -1235,7 +1236,8 @@ VALUES = [
     b"<a>&lt;]]>", b"{[()]}", b"line1\nline2", b"\n", b"\nx", b"x\n", b"x \n y\t\n", b"a\n\nb",
     b"x\nend script\ny", b"x\n\tend  script # c\ny", b"x\n  indented\n", b"x\n[section]\nK=v\n",
     b"a\\\nb", b"-----BEGIN KEY-----\nMIIB+/==\n-----END KEY-----\n", b"cr\rlf\r\n", b"\x01\x02",
-    b"\x1b[0m", b"\x7f", "é日本😀".encode(), "$é".encode(), "\ufdef\ufffe\U0010ffff".encode(), b"nel\xc2\x85", b"ls\xe2\x80\xa8",
+    b"\x1b[0m", b"\x7f", "é日本😀".encode(), "$é".encode(),
+    "\ufdef\ufffe\U0010ffff".encode(), b"nel\xc2\x85", b"ls\xe2\x80\xa8",
     b"\xef\xbb\xbfbom", b"\xff\xfe", b"caf\xe9", b'{"a": ["b", 1]}',
     b"postgres://u:p%40ss@h/db?x=1&y=%20#f", b"x" * 3000,
 ]
@@ -2836,6 +2838,33 @@ def test_the_helper_holds_nothing_of_the_users(tmp_path, mode):
     os.close(reading)
 
 
+def test_a_helper_that_somebody_has_stopped(tmp_path):
+    with Run(procfile(tmp_path, "a: echo up; sleep 300\n"), "start") as run:
+        run.expect(rb"\| up$")
+        os.kill(guard(run), signal.SIGSTOP)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+        assert fates(run, "a.1") == [b"terminated by SIGTERM"]
+
+
+def test_a_grace_period_of_years(tmp_path):
+    with Run(procfile(tmp_path, "deaf: %s\n" % DEAF), "start", "-t", "99999999") as run:
+        run.expect(rb"\| up$")
+        run.signal(signal.SIGTERM)
+        run.expect(rb"waiting for deaf\.1 \(SIGKILL in \d{8} s")
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+        assert b"Traceback" not in run.output
+
+
+def test_a_large_environment_is_a_matter_of_a_moment(tmp_path):
+    app = procfile(tmp_path, "a: echo $A59999; exit 3\n", "".join(
+        "A%d=%d\n" % (number, number) for number in range(60000)))
+    with Run(app, "start") as run:
+        assert run.wait() == 3
+        assert b"59999" in run.lines("a.1")
+
+
 @both_ways
 def test_the_helper_survives_ctrl_c_and_a_closed_terminal(tmp_path, mode):
     app = procfile(tmp_path, STUBBORN)
@@ -2968,6 +2997,45 @@ def test_a_stalled_stdout_loses_nothing(tmp_path, mode):
 # Survive: process 1, process ids, limits ---------------------------------------------------------
 
 UNSHARE = "unshare", "--pid", "--fork", "--mount-proc"
+
+
+@as_root
+@needs("unshare")
+@pytest.mark.parametrize("shell", [(), ("sh", "-c", '"$@"; exit $?', "sh")])
+def test_a_proc_of_another_namespace(tmp_path, shell):
+    """The ids in it are others.  What has left its group cannot be found then."""
+    command = "unshare", "--pid", "--fork", *shell, *compiled()
+    if subprocess.run([*command[:3], "true"]).returncode:
+        pytest.skip("cannot make a PID namespace here")
+    app = procfile(tmp_path, "a: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; %s\n" % LOOP)
+    with Run(app, "start", "-t", "0.2", python=command) as run:
+        run.expect(rb"\| up$")
+        inner = children(run.pid)[0]
+        os.kill(children(inner)[0] if shell else inner, signal.SIGTERM)
+        assert run.wait() == 143
+        assert b"Traceback" not in run.output
+        assert b"its output is still held" in run.output
+
+
+@as_root
+@needs("unshare", "umount")
+def test_without_proc(tmp_path):
+    app = procfile(tmp_path, "a: echo up\n")
+    if subprocess.run(["unshare", "--mount", "umount", "-l", "/proc"]).returncode:
+        pytest.skip("cannot unmount /proc here")
+    status, out, errors = ask(app, "start", command=[
+        "unshare", "--mount", "sh", "-c", 'umount -l /proc; exec "$@"', "sh", *compiled()])
+    assert (status, out) == (1, b"") and re.fullmatch(rb"procrun: [^\n]*/proc[^\n]*\n", errors)
+
+
+def test_zombies_from_before(tmp_path):
+    app = procfile(tmp_path, "a: echo up; sleep 300\n")
+    shell = "sh", "-c", 'true & true & exec "$@"', "sh"
+    with Run(app, "start", python=(*shell, *compiled())) as run:
+        run.expect(rb"\| up$")
+        eventually(lambda: len(children(run.pid)) == 1)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
 
 
 def test_process_1_of_a_container(tmp_path):
@@ -3111,6 +3179,47 @@ def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
         assert run.wait() == 130
 
 
+def test_a_stalled_stderr_takes_what_it_can(tmp_path):
+    """A pipe may be said to be writable and not take all that is to be written."""
+    app = procfile(tmp_path, "web : x\n" * 100)
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, 1031, 8192)    # F_SETPIPE_SZ
+    os.write(writing, b"x" * 4096)
+    with subprocess.Popen([*compiled(), "start"], cwd=str(app), stderr=writing) as process:
+        try:
+            assert process.wait(10) == 1
+        finally:
+            process.kill()
+    assert os.read(reading, 8192).startswith(b"x" * 4096 + b"procrun: Procfile:1: ")
+    os.close(reading), os.close(writing)
+
+
+def test_the_reader_at_a_socket_goes(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))    # a reset
+    app = procfile(tmp_path, "a: %s; exec yes\n" % (UNTIL % "go"))
+    with Run(app, "start", stdout=ours.fileno()) as run:
+        guard(run), theirs.close(), app.joinpath("go").touch()
+        assert run.process.wait(10) == 141
+    ours.close()
+
+
+def test_output_that_is_lost_in_the_end_is_a_failure(tmp_path):
+    app = procfile(tmp_path, "a: trap 'seq 1 100000; exit 0' TERM; touch up; " + LOOP + "\n"
+                             "b: " + UNTIL % "up" + "; exit 0\n")
+    with open(str(tmp_path / "log"), "wb") as log:
+        status, _, errors = ask(app, "start", stdout=log, preexec_fn=limit_files)
+    assert (status, errors) == (1, b"procrun: cannot write the output: File too large\n")
+
+
+def test_python_has_nothing_to_warn_of(tmp_path):
+    with Run(procfile(tmp_path, "a: echo up\n"), "start", env={"PYTHONDEVMODE": "1"}) as run:
+        assert run.wait() == 0
+        assert b"Warning" not in run.output
+
+
 def test_a_stalled_stderr_hangs_nothing(tmp_path):
     reading, writing = os.pipe()
     app = procfile(tmp_path, "a: exec yes\n")
@@ -3227,7 +3336,7 @@ def test_exit_statuses(tmp_path, when):
         runs = []
         for number, ending in enumerate(ENDINGS):
             app = procfile(folder(tmp_path, number), text % ending)
-            runs.append((app, ending, stack.enter_context(Run(app, "start", *may_die))))
+            runs.append((app, ending, stack.enter_context(Run(app, "start", "-t", "1", *may_die))))
         for app, ending, run in runs:
             run.expect(ready)
             status = begin(run, app, "INT" if when == "during Ctrl-C" else "crash")
@@ -3585,13 +3694,14 @@ def test_a_long_run_leaks_nothing(tmp_path, mode):
 class Terminal(Run):
     """procrun on a terminal of its own, of which we hold the other side: screen and keyboard."""
 
-    def __init__(self, folder, *args, size=(24, 80), **options):
+    def __init__(self, folder, *args, size=(24, 80), prepare=lambda: None, **options):
         self.keyboard, slave = os.openpty()
         self.resize(*size)
         self.before = self.modes()
         super().__init__(folder, *args, env={"NO_COLOR": "1", "TERM": "xterm"}, stdout=slave,
                          start_new_session=True, preexec_fn=lambda: (
-                             fcntl.ioctl(1, termios.TIOCSCTTY, 0), os.dup2(1, 0), os.dup2(1, 2)),
+                             fcntl.ioctl(1, termios.TIOCSCTTY, 0), os.dup2(1, 0), os.dup2(1, 2),
+                             prepare()),
                          **options)
         os.close(slave)
         self.process.stdout = open(self.keyboard, "rb", buffering=0)
@@ -3621,10 +3731,11 @@ class Terminal(Run):
 class Screen(Run):
     """A real terminal (tmux) and a shell in it, typed at and looked at as a person does."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, shell="sh -i"):
         self.folder = folder
         super().__init__(folder, "run", "tmux", "-S", "tmux", "-f", os.devnull, "new-session",
-                         "-d", "-x", "80", "-y", "24", "sh -i", env={"ENV": "", "TMUX": ""})
+                         "-d", "-x", "80", "-y", "24", shell,
+                         env={"ENV": "", "TMUX": ""})
         assert self.wait() == 0, self.output
 
     def __exit__(self, *exception):
@@ -3666,7 +3777,7 @@ def state(pid):
 
 
 UNTIL_THERE = "until [ -e %s ]; do sleep 0.02; done; "
-SHELL = r"^[$#]\Z"
+SHELL = r"^\S*[$#]\Z"
 ALONE = dict(start_new_session=True)    # no terminal at all, not even a controlling one
 needs_tmux = pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
 
@@ -3743,8 +3854,9 @@ def test_term_is_passed_on(tmp_path, given, expected):
 
 
 PLAIN = [b"red and bold", b"abc", b"\033[Kd\033["]
-COLOURED = [b"\033[31mred\033[m and \033[1;38:5:9mbold\033[0m", b"a\033[31mb\033[32mc",
-            b"\033[Kd\033["]
+LONG_COLOUR = "38;2;255;255;255;48;2;255;255;250;"
+COLOURED = [b"\033[31mred\033[m and \033[1;38:5:9mbold\033[0m",
+            b"a\033[31mb\033[%s32mc" % LONG_COLOUR.encode(), b"\033[Kd\033["]
 
 
 @pytest.mark.parametrize("args, expected", [
@@ -3752,8 +3864,8 @@ COLOURED = [b"\033[31mred\033[m and \033[1;38:5:9mbold\033[0m", b"a\033[31mb\033
 ])
 def test_color_never_takes_colours_out(tmp_path, args, expected):
     app = procfile(tmp_path, "web: printf '\\033[31mred\\033[m and \\033[1;38:5:9mbold\\033[0m\\n"
-                             "a\\033'; " + UNTIL_THERE % "one" + "printf '[31mb\\033[3'; " + UNTIL_THERE % "two"
-                             + "printf '2mc\\n\\033[Kd\\033['\n")
+                             "a\\033'; " + UNTIL_THERE % "one" + "printf '[31mb\\033[%s3'; " % LONG_COLOUR
+                             + UNTIL_THERE % "two" + "printf '2mc\\n\\033[Kd\\033['\n")
     with Run(app, "start", *args, **ALONE) as run:
         run.expect(rb"\| a")
         app.joinpath("one").touch()
@@ -3968,6 +4080,96 @@ WAYS_OUT = {    # how it ends -> (keys, signal to procrun, exit status)
     "SIGHUP": (b"", signal.SIGHUP, 129), "kill -9": (b"", signal.SIGKILL, -9),
     "kill -9 of the guard": (b"", None, 1),
 }
+
+
+def as_of_another_user(terminal=1):
+    """Make the terminal one that procrun may use, but not open by its name, as under su."""
+    os.chmod(os.ttyname(terminal), 0)
+    if os.geteuid() == 0:
+        for capability in 1, 2:    # DAC_OVERRIDE, DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)    # PR_CAPBSET_DROP
+
+
+SU = "sh", "-c", '"$@"; exit $?', "sh"    # a shell that leads the session
+
+
+@needs_linux
+@pytest.mark.parametrize("wrapper", [(), SU, ("setsid", "--wait")])
+def test_a_stalled_terminal_of_another_user(tmp_path, wrapper):
+    app = procfile(tmp_path, "a: echo up; " + UNTIL % "go" + "; exit 3\n"
+                             "b: " + UNTIL % "flood" + "; exec yes\n")
+    with Terminal(app, "start", "-t", "0.2", python=(*wrapper, *compiled()),
+                  prepare=as_of_another_user) as run:
+        run.expect(rb"\| up$"), run.expect(rb"b\.1 +\| started")
+        app.joinpath("flood").touch()
+        eventually(lambda: stalled(pids(run)["b.1"]))
+        app.joinpath("go").touch()
+        assert run.process.wait(10) == 3
+
+
+@needs_linux
+@pytest.mark.parametrize("way", ["SIGTERM", "kill -9"])
+def test_a_terminal_of_another_user_is_as_it_was_after(tmp_path, way):
+    keys, number, status = WAYS_OUT[way]
+    app = procfile(tmp_path, "web: printf 'name? '; read name; echo hello $name; read name\n")
+    with Terminal(app, "start", "--attach", "web", python=(*SU, *compiled()),
+                  prepare=as_of_another_user) as run:
+        run.expect(rb"\| name\? ")
+        assert run.modes() != run.before
+        run.type(b"you\r")
+        run.expect(rb"hello you")
+        os.kill(children(run.pid)[0], number)
+        run.process.wait(10)
+        eventually(lambda: run.modes() == run.before)
+
+
+BASH = "bash --norc --noprofile -i"    # its line editor changes the terminal's modes
+
+
+@needs_tmux
+@needs("bash")
+def test_a_key_in_the_background_and_then_the_foreground_again(tmp_path):
+    app = procfile(tmp_path, "web: echo $PPID >pid; read a; echo got $a; read b\n"
+                             "clock: n=0; while :; do n=$((n+1)); echo tick $n; sleep 0.2; done\n")
+    with Screen(app, BASH) as screen:
+        screen.start("--attach", "web", "--no-timestamp")
+        screen.shows(r"clock\.1 +\| tick")
+        front = int(facts(int(app.joinpath("pid").read_text()))["PPid"])
+        screen.type("", "C-z")
+        screen.shows(SHELL)
+        screen.type("bg", "Enter")
+        eventually(lambda: state(front) != "T")
+        for _ in range(50):
+            screen.type("#")    # either the shell takes it, or procrun, which stops by that
+            if state(front) == "T":
+                break
+        screen.type("", "Enter")
+        screen.type("fg", "Enter")
+        ticks = int(re.findall(r"tick (\d+)", screen.text())[-1])
+        screen.shows(r"tick %d$" % (ticks + 3))
+        screen.type("x", "Enter")
+        screen.shows(r"web\.1 +\| got x")
+        os.kill(front, signal.SIGTERM)
+        screen.shows(r"web\.1 +\| terminated by SIGTERM\n(.*\n)*" + SHELL)
+
+
+@needs_tmux
+@needs("bash")
+def test_attached_from_the_background(tmp_path):
+    app = procfile(tmp_path, "web: printf 'name? '; read a; echo got $a\n")
+    with Screen(app, BASH) as screen:
+        screen.shows(SHELL)
+        screen.type("stty -a >before", "Enter")
+        screen.start("--attach", "web", "--no-timestamp", "&")
+        front = int(screen.shows(r"^\[1\] (\d+)$")[1])
+        eventually(lambda: state(front) == "T")
+        screen.type("fg", "Enter")
+        screen.shows(r"web\.1 +\| name\?\Z")
+        screen.type("you", "Enter")
+        screen.shows(r"web\.1 +\| got you\n(.*\n)*" + SHELL)
+        screen.type("stty -a >after", "Enter")
+        eventually(lambda: app.joinpath("after").exists() and app.joinpath("after").read_text())
+        assert app.joinpath("after").read_text() == app.joinpath("before").read_text()
 
 
 @pytest.mark.parametrize("way", WAYS_OUT)
@@ -4575,8 +4777,9 @@ def test_a_terminal_that_has_no_size(tmp_path):
 
 
 if os.environ.get("PROCRUN_PART"):
-    for name in sorted(name for name in globals() if name.startswith("test_"))[
-            int(os.environ["PROCRUN_PART"]) % 2::2]:
+    # By the ends of their names, the slow ones happen to be in both parts.
+    for name in sorted((name for name in globals() if name.startswith("test_")),
+                       key=lambda name: name[::-1])[int(os.environ["PROCRUN_PART"]) % 2::2]:
         del globals()[name]
 
 
