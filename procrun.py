@@ -364,11 +364,13 @@ def escaped(what, text):
     r"""The text with \0ooo for each byte that some format might alter: `printf %b` turns it back.
 
     Raises Failure that names `what` it is, if Linux would not take it any more (execve(2))."""
-    text = re.sub(rb"[^A-Za-z0-9_ ./:,=@+-]| (?= *\Z)", lambda match: b"\\0%03o" % ord(match[0]),
-                  text.encode("utf-8", "surrogateescape")).decode()
+    data = text.encode("utf-8", "surrogateescape")
+    bare = data.rstrip(b" ")
+    text = re.sub(rb"[^A-Za-z0-9_ ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]), bare)
+    text += b"\\0040" * (len(data) - len(bare))
     if len(text) > 130000:
         raise Failure("%s cannot be carried: escaped, it is too long" % what)
-    return text
+    return text.decode()
 
 
 def is_text(value):
@@ -451,7 +453,7 @@ post-stop exec sleep 1
 
 def upstart_word(text):
     """The text as one word of a stanza, where a backslash escapes between single quotes, too."""
-    return shell_quote(text).replace("\\'", "\"'\"")
+    return "'%s'" % text.replace("\\", "\\\\").replace("'", "'\"'\"'")
 
 
 def export_upstart(plan, instances):
@@ -591,15 +593,17 @@ def export_supervisord(plan, instances):
         text, plan.app, ",".join(jobs)))
 
 
-RUNIT_RUN = """exec %(output)s
+RUNIT_RUN = """echo $$ >supervise/group
+exec %(output)s
 service=$PWD
-echo $$ >supervise/group
 cd %(directory)s || exit 111
 exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(word)s
 """
 RUNIT_TERM = """# in place of a SIGTERM to the leader alone, which runsv sends
 # if this fails: the leader may not have a group of its own yet
-read group <supervise/pid && kill -s TERM -- "-$group" 2>/dev/null || exit 1
+read group <supervise/pid || exit 1
+kill -s TERM -- "-$group" 2>/dev/null
+failed=$?
 (n=0
 while [ $n -lt %d ]; do
   sleep 1
@@ -607,9 +611,10 @@ while [ $n -lt %d ]; do
   n=$((n+1))
 done
 kill -s KILL -- "-$group") >/dev/null 2>&1 &
+exit $failed
 """
 RUNIT_FINISH = """# what the leader left in its group goes, too
-read group <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
+read group 2>/dev/null <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
 rm -f supervise/group
 """
 
@@ -928,7 +933,8 @@ def complain(*lines):
     text = "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "backslashreplace")
     try:
         while text and select.select((), (2,), (), 0)[1]:
-            text = text[os.write(2, text[:512]):]    # so much does not block (PIPE_BUF, POSIX)
+            # So much does not block: PIPE_BUF of POSIX; a terminal promises no more than a byte.
+            text = text[os.write(2, text[:1 if os.isatty(2) else 512]):]
     except OSError:
         pass
 
@@ -1279,7 +1285,7 @@ class Guard:
 
     def adopted(self):
         """The children that it did not fork: what leaders left behind when they died."""
-        return own_children() - set(self.leaders) if self.adopts else set()
+        return (own_children() or set()) - set(self.leaders) if self.adopts else set()
 
     def groups(self):
         """The groups of all children: an unreaped child keeps its group's id from being reused."""
@@ -1396,8 +1402,6 @@ class Keyboard:
     """The user's terminal (fd 0) while an instance is attached: it passes each key on as it is."""
 
     def __init__(self):
-        if self.in_background():
-            os.kill(0, signal.SIGTTIN)      # what the modes are now is the shell's; fg goes on
         self.old, modes = termios.tcgetattr(0), termios.tcgetattr(0)
         modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.ISTRIP | termios.IXON)
         modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
@@ -1488,6 +1492,7 @@ class Supervisor:
         self.patience = 0          # until when (monotonic) to wait for a stdout that takes nothing
         self.over = False          # the shutdown has been given up
         self.lost = False          # output could not be written
+        self.read_last = 0         # the fd of the child that was read last
         self.killed = []           # what got SIGKILL: names of instances, "process N"
         self.attached = self.keyboard = self.guard = self.guard_status = None
         self.typed = bytearray()   # what the attached child has not taken yet
@@ -1600,8 +1605,9 @@ class Supervisor:
             self.type(b"")
         if child.pid is None:
             self.on_reports()    # it reported itself before it wrote anything
-        size = self.read(child, child.appetite)
+        fd, size = child.fd, self.read(child, child.appetite)
         child.appetite = CHUNK if size >= LITTLE else LITTLE
+        self.read_last = fd if size else self.read_last
 
     def drain(self, child):
         """A dead leader's last words: what its pipe holds now.  Others may hold the pipe, too, and
@@ -1894,9 +1900,12 @@ class Supervisor:
         if self.partial and not self.sink.full:
             times.append(next(iter(self.partial.values())))
         selector = self.stalled if self.sink.full else self.busy
-        for key, _ in selector.select(until(times, time.monotonic())):
+        events = selector.select(until(times, time.monotonic()))
+        # In turn, and first those behind who was read last: once stdout is full, no more are read.
+        for _, _, key in sorted((each.fd <= self.read_last, each.fd, each) for each, _ in events):
             key.data()
-        self.show_partial()
+        if selector is self.busy:    # or what looks quiet was only not read
+            self.show_partial()
         if self.steps:
             self.obey()
         self.flush()
@@ -1979,7 +1988,7 @@ def make_folder(path, undo):
 def beside(path, suffix):
     """The path of a hidden file in the same folder."""
     folder, name = os.path.split(path)
-    return os.path.join(folder, ".%s.%s-%d" % (name, suffix, os.getpid()))
+    return os.path.join(folder, ".%s.%s" % (name, suffix))
 
 
 def keep_aside(path, aside):
@@ -1990,29 +1999,39 @@ def keep_aside(path, aside):
         os.rename(path, aside)
 
 
+def do_all(steps):
+    """Call each (function, argument, ...), whether it succeeds or not."""
+    for function, *arguments in steps:
+        try:
+            function(*arguments)
+        except OSError:
+            pass
+
+
 def install(location, files, gone):
     """Write all files beside their places, then move them there, and what is gone (paths below the
     location) away; or leave all as it was, and raise OSError.  What goes or is replaced has
     another name until all is done.  Signals wait."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     undo, aside = [], []
+    new, old = ("%s-%d-%x" % (each, os.getpid(), time.time_ns()) for each in ("new", "old"))
     paths = [os.path.join(location, file.path) for file in files]
     gone = [os.path.join(location, name) for name in gone]
     try:
         for path, file in zip(paths, files):
             make_folder(os.path.dirname(path), undo)
-            undo.append((os.unlink, beside(path, "new")))
-            write_new(beside(path, "new"), file.mode, file.text.encode("utf-8", "surrogateescape"))
+            undo.append((os.unlink, beside(path, new)))
+            write_new(beside(path, new), file.mode, file.text.encode("utf-8", "surrogateescape"))
         for path in paths:
             if os.path.lexists(path):
-                aside.append(beside(path, "old"))
+                aside.append(beside(path, old))
                 undo += (os.unlink, aside[-1]), (os.replace, aside[-1], path)
                 keep_aside(path, aside[-1])
             else:
                 undo.append((os.unlink, path))
-            os.replace(beside(path, "new"), path)
+            os.replace(beside(path, new), path)
         for path in gone:
-            aside.append(beside(path, "old"))
+            aside.append(beside(path, old))
             undo.append((os.rename, aside[-1], path))
             os.rename(path, aside[-1])
         for folder in sorted(set(map(os.path.dirname, paths + gone))):
@@ -2020,14 +2039,9 @@ def install(location, files, gone):
             os.fsync(fd)
             os.close(fd)
     except OSError:
-        for function, *arguments in reversed(undo):
-            try:
-                function(*arguments)
-            except OSError:
-                pass    # that step had not been taken
+        do_all(reversed(undo))    # those of steps that had not been taken fail
         raise
-    for path in aside:
-        os.unlink(path)
+    do_all((os.unlink, path) for path in aside)    # what stays, the next export finds by its mark
 
 
 def prune(location, name):
@@ -2055,9 +2069,11 @@ def read_file(path):
 
 
 def absolute(path):
-    """The absolute path; raises Failure.  What is above a link is another folder than it looks."""
+    """The absolute path; raises Failure.  `link/..` is not the folder that the link is in; but the
+    links behind, such as `current`, stay as they are."""
+    above, dots, below = (os.path.join(".", path) + "/").rpartition("/../")
     try:
-        return os.path.realpath(path) if ".." in path.split("/") else os.path.abspath(path)
+        return os.path.abspath(os.path.join(dots and os.path.realpath(above + dots), below))
     except OSError:
         raise Failure("the current directory has been removed; change to one that is there")
 
@@ -2139,11 +2155,21 @@ def tidy_fds():
             pass    # it was the one that listed them
 
 
+def wait_for_front():
+    """Before --attach: stop by SIGTTOU as long as the terminal is another group's (`&`)."""
+    try:
+        termios.tcdrain(0)
+    except termios.error:
+        pass    # no shell is there to continue it (an orphaned group)
+
+
 def open_children(args, types, instances):
     """Return (the children, the attached one or None), with their pipes and PTYs open."""
     wanted = selected([args.attach], instances, "--attach")[:1] if args.attach else []
     if wanted and not (os.isatty(0) and os.isatty(1)):
         raise UsageError("--attach needs a terminal as standard input and output")
+    if wanted:
+        wait_for_front()
     colours = {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
     share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
@@ -2190,7 +2216,7 @@ def cmd_start(args):
 def cmd_run(args):
     """procrun run: become the command."""
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command:
+    if not command or not command[0]:
         raise UsageError("run what? name a process type, or a command")
     known = args.procfile or os.path.exists(procfile_path(args))
     types = load_types(args) if known and len(command) == 1 else []
@@ -2298,13 +2324,14 @@ def cmd_export(args):
         in_the_way(plan.location, files, ours, args.force)
         gone = sorted(set(ours) - {file.path for file in files})
         install(plan.location, files, gone)
+        for name in gone:
+            prune(plan.location, name)
     except OSError as error:
         raise Failure("%s: %s" % (error.filename or plan.location, error.strerror))
     for file in files:
         tell_export("writing: " + os.path.join(plan.location, file.path))
     for name in gone:
         tell_export("removing: " + os.path.join(plan.location, name))
-        prune(plan.location, name)
     start = FORMATS[args.format].start.format(app=plan.app, location=shlex.quote(plan.location))
     if args.user_units and args.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"

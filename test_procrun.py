@@ -887,7 +887,9 @@ programs=shop-web-1
 # MARK
 # in place of a SIGTERM to the leader alone, which runsv sends
 # if this fails: the leader may not have a group of its own yet
-read group <supervise/pid && kill -s TERM -- "-$group" 2>/dev/null || exit 1
+read group <supervise/pid || exit 1
+kill -s TERM -- "-$group" 2>/dev/null
+failed=$?
 (n=0
 while [ $n -lt 5 ]; do
   sleep 1
@@ -895,6 +897,7 @@ while [ $n -lt 5 ]; do
   n=$((n+1))
 done
 kill -s KILL -- "-$group") >/dev/null 2>&1 &
+exit $failed
 == shop-web-1/env/PORT 0600
 5000
 # MARK
@@ -911,7 +914,7 @@ web.1
 #!/bin/sh
 # MARK
 # what the leader left in its group goes, too
-read group <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
+read group 2>/dev/null <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
 rm -f supervise/group
 == shop-web-1/log/run 0755
 #!/bin/sh
@@ -920,9 +923,9 @@ mkdir -p main && exec svlogd -tt main
 == shop-web-1/run 0755
 #!/bin/sh
 # MARK
+echo $$ >supervise/group
 exec 2>&1
 service=$PWD
-echo $$ >supervise/group
 cd 'ROOT' || exit 111
 exec chpst -P -u root -e "$service/env" /bin/sh -c 'trap '\''trap "" TERM; wait; exit 143'\'' TERM; cd www && ./serve $PORT'
 """,
@@ -1517,11 +1520,13 @@ def test_a_real_manager_runs_restarts_and_stops_it_all(tmp_path, format):
 @as_root
 @needs_linux
 @needs("runsvdir", "sv", "chpst", "svlogd")
-def test_runit_stops_what_it_has_just_started(tmp_path):
-    """runsv is between fork and exec, or the shell has not become chpst yet."""
+@pytest.mark.parametrize("command, grace", [("exec sleep 300", 60), ("sleep 300; echo next", 1)])
+def test_runit_stops_what_it_has_just_started(tmp_path, command, grace):
+    """runsv is between fork and exec, or the shell has not become chpst yet; or one that waits for
+    a command that has missed the SIGTERM gets SIGKILL."""
     tag, location = "APP_TEST=" + uuid.uuid4().hex, tmp_path / "out"
-    procfile(tmp_path, "web: exec sleep 300\n", tag)
-    export(tmp_path, "runit", location, "-c", "web=20", "-l", tmp_path, "-t", "60")
+    procfile(tmp_path, "web: %s\n" % command, tag)
+    export(tmp_path, "runit", location, "-c", "web=20", "-l", tmp_path, "-t", grace)
     services = sorted(location.iterdir())
     for each in services:
         each.joinpath("down").touch()
@@ -1533,7 +1538,7 @@ def test_runit_stops_what_it_has_just_started(tmp_path):
                     and each.joinpath("supervise", "status").read_bytes()[:12] != since)
     since = dict.fromkeys(services)
     with runsvdir(location):
-        for _ in range(4):
+        for _ in range(3):
             eventually(lambda: all(map(down, services, since.values())) and not leftovers(tag))
             for each in services:
                 since[each] = each.joinpath("supervise", "status").read_bytes()[:12]
@@ -1728,6 +1733,34 @@ def test_a_mark_counts_only_in_the_first_comment(tmp_path, format):
     export(procfile(tmp_path, "web: a\n"), format, location)
     after = tree(location)
     assert {path: after.get(path) for path in before} == before
+
+
+def test_no_folder_is_left_even_if_nobody_reads_what_is_said(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    export(tmp_path, "runit", "out", "-c", "web=9")
+    with open("/dev/full", "wb") as full:
+        assert ask(tmp_path, "export", "runit", "out", "-a", "myapp", "-u", "root",
+                   stdout=full)[0] == 1
+    export(tmp_path, "runit", "fresh")
+    assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "fresh"))
+
+
+@needs("strace")
+@pytest.mark.parametrize("when", [1, 2, 5])
+def test_an_export_that_was_killed_is_made_again_by_the_same_process_id(tmp_path, when):
+    require_root_and(*UNSHARE, "true")
+    slowly = ["strace", "-o", os.devnull, "-e", "trace=rename"]
+    if subprocess.run([*slowly, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("strace cannot trace here")
+    command = "export", "systemd", "out", "-a", "myapp", "-u", "root"
+    for count, inject, ended in ((2, None, 0), (1, "inject=rename:signal=KILL:when=%d" % when, 137),
+                                 (1, None, 0), (1, None, 0)):
+        procfile(tmp_path, "web: a\n" + "old: b\n" * (count - 1))
+        status, _, errors = ask(tmp_path, *command, command=[
+            *UNSHARE, *slowly, "-e", inject or "signal=none", *compiled()])
+        assert status == ended, errors
+    export(tmp_path, "systemd", "fresh")
+    assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "fresh"))
 
 
 @pytest.mark.parametrize("format", ["upstart", "systemd"])
@@ -2015,6 +2048,11 @@ def test_what_is_above_a_link(tmp_path):
         with Run(here, "start", *words) as run:
             assert run.wait() == 0
             assert os.fsencode(real) in run.lines("web.1")
+    tmp_path.joinpath("current").symlink_to(real)    # as releases are deployed
+    export(here, "systemd", "out", "-d", "../current", app="")
+    assert sorted(files(here / "out"))[0] == "current-web-1.service"
+    assert b"WorkingDirectory=%s/current\n" % os.fsencode(tmp_path) in files(here / "out")[
+        "current-web-1.service"]
 
 
 def test_the_command_that_starts_it_can_be_pasted(tmp_path):
@@ -3179,6 +3217,50 @@ def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
         assert run.wait() == 130
 
 
+@both_ways
+def test_a_pause_of_the_reader_tears_no_line_and_starves_nobody(tmp_path, mode):
+    """What looks like an unfinished line then is one whose rest procrun has not read."""
+    app = procfile(tmp_path, "a: exec yes %s\nb: exec yes %s\n" % ("a" * 70, "b" * 70))
+    with Run(app, "start", "--no-timestamp", *mode) as run:
+        for _ in range(4):
+            size = len(run.output) + 2500000
+            eventually(lambda: run.read(1) and len(run.output) > size)
+            eventually(lambda: all(map(stalled, pids(run).values())))
+            pause(0.25)
+        lines = [line for line in run.output.split(b"\n")[:-1] if b"started" not in line]
+        run.process.kill()
+        assert {b"a.1    | " + b"a" * 70, b"b.1    | " + b"b" * 70} == set(lines)
+        assert min(lines.count(line) for line in set(lines)) > len(lines) / 10
+
+
+def test_a_helper_that_cannot_open_a_file(tmp_path):
+    app = procfile(tmp_path, "web: trap 'echo bye; exit 0' TERM; echo up; %s\n" % LOOP)
+    with Run(app, "start") as run:
+        run.expect(rb"\| up$")
+        resource.prlimit(guard(run), resource.RLIMIT_NOFILE, (0, 0))
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+        assert run.lines("web.1")[-2:] == [b"bye", b"exited with code 0"]
+
+
+def test_a_stalled_terminal_hangs_no_error(tmp_path):
+    app = procfile(tmp_path, "web : x\n" * 90)
+    ours, theirs = os.openpty()
+    os.set_blocking(theirs, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(theirs, b"x" * 100)
+    os.set_blocking(theirs, True)
+    while not select.select((), (theirs,), (), 0)[1]:
+        os.read(ours, 1)
+    with subprocess.Popen([*compiled(), "check"], cwd=str(app), stderr=theirs) as process:
+        try:
+            assert process.wait(10) == 1
+        finally:
+            process.kill()
+    os.close(ours), os.close(theirs)
+
+
 def test_a_stalled_stderr_takes_what_it_can(tmp_path):
     """A pipe may be said to be writable and not take all that is to be written."""
     app = procfile(tmp_path, "web : x\n" * 100)
@@ -4162,8 +4244,9 @@ def test_attached_from_the_background(tmp_path):
         screen.type("stty -a >before", "Enter")
         screen.start("--attach", "web", "--no-timestamp", "&")
         front = int(screen.shows(r"^\[1\] (\d+)$")[1])
-        eventually(lambda: state(front) == "T")
-        screen.type("fg", "Enter")
+        for command in "bg", "fg":
+            eventually(lambda: state(front) == "T")
+            screen.type(command, "Enter")
         screen.shows(r"web\.1 +\| name\?\Z")
         screen.type("you", "Enter")
         screen.shows(r"web\.1 +\| got you\n(.*\n)*" + SHELL)
