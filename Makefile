@@ -38,9 +38,9 @@ test:
 	PROCRUN_PART=2 $$PYTHON -m pytest -q -p no:cacheprovider test_procrun.py $(ARGS); status=$$?; \
 	wait $$part || status=$$?; cat build/part-1; exit $$status
 
-# Every CPython from 3.8 on that is on PATH or under pyenv.
+# Every CPython from 3.8 on that is on PATH or under pyenv, but for the version TESTED.
 test-all:
-	@found=; seen=' '; \
+	@found=$(TESTED); seen=' $(TESTED) '; \
 	for python in $$(ls -d $$(echo "$$PATH" | tr : '\n' | sed 's|$$|/python3*|') "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python3 2>/dev/null); do \
 	  case $$python in *-config|*-intel64|*t) continue;; esac; \
 	  version=$$($$python -c 'import sys; assert sys.version_info >= (3, 8) and sys.implementation.name == "cpython"; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \

@@ -1538,7 +1538,7 @@ def test_runit_stops_what_it_has_just_started(tmp_path, command, grace):
                     and each.joinpath("supervise", "status").read_bytes()[:12] != since)
     since = dict.fromkeys(services)
     with runsvdir(location):
-        for _ in range(3):
+        for _ in range(2):
             eventually(lambda: all(map(down, services, since.values())) and not leftovers(tag))
             for each in services:
                 since[each] = each.joinpath("supervise", "status").read_bytes()[:12]
@@ -3222,7 +3222,7 @@ def test_a_pause_of_the_reader_tears_no_line_and_starves_nobody(tmp_path, mode):
     """What looks like an unfinished line then is one whose rest procrun has not read."""
     app = procfile(tmp_path, "a: exec yes %s\nb: exec yes %s\n" % ("a" * 70, "b" * 70))
     with Run(app, "start", "--no-timestamp", *mode) as run:
-        for _ in range(4):
+        for _ in range(3):
             size = len(run.output) + 2500000
             eventually(lambda: run.read(1) and len(run.output) > size)
             eventually(lambda: all(map(stalled, pids(run).values())))
