@@ -1208,7 +1208,7 @@ class Guard:
     def run(self, orders):
         """The forked side.  A session of its own, and all signals blocked but SIGCHLD (those
         without a name: caught): neither Ctrl-C nor a closed terminal reach it.  It holds nothing
-        that anybody waits for."""
+        that anybody waits for, but for a terminal that it could not open by name later."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}

@@ -2038,6 +2038,11 @@ def test_a_current_directory_that_is_gone(tmp_path, words):
     assert errors.count(b"\n") == 1 and errors.startswith(b"procrun: the current directory")
 
 
+def test_an_empty_command_is_none(tmp_path):
+    status, out, errors = call(tmp_path, "run", "", "x")
+    assert (status, out) == (2, b"") and re.fullmatch(rb"procrun: run what\?[^\n]*\n", errors)
+
+
 def test_what_is_above_a_link(tmp_path):
     real, here = tmp_path / "real", tmp_path / "here"
     real.joinpath("sub").mkdir(parents=True)
