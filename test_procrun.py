@@ -4240,6 +4240,44 @@ def test_a_key_in_the_background_and_then_the_foreground_again(tmp_path):
         screen.shows(r"web\.1 +\| terminated by SIGTERM\n(.*\n)*" + SHELL)
 
 
+QUIET_SHELL = """
+import contextlib, os, signal, sys, termios, time
+modes, pid = termios.tcgetattr(0), os.fork()
+with contextlib.suppress(PermissionError):    # whoever comes first, and it is exec'ed by then
+    os.setpgid(pid, pid)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+os.tcsetpgrp(0, pid or os.getpid())
+if not pid:
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.argv[1], sys.argv[1:])
+while not os.path.exists("back"):
+    time.sleep(0.02)
+os.tcsetpgrp(0, os.getpid())
+termios.tcsetattr(0, termios.TCSANOW, modes)
+os.tcsetpgrp(0, pid)
+open("done", "w").close()
+os.waitpid(pid, 0)
+"""
+
+
+def test_a_shell_that_sends_no_sigcont_with_its_fg(tmp_path):
+    """As bash does for a job that is running: the terminal has the shell's modes then."""
+    app = procfile(tmp_path, "web: printf 'name? '; read a; echo got $a; read b\n")
+    with Terminal(app, "start", "--attach", "web",
+                  python=(sys.executable, "-S", "-c", QUIET_SHELL, *compiled())) as run:
+        run.expect(rb"\| name\? ")
+        raw = run.modes()
+        app.joinpath("back").touch()
+        eventually(app.joinpath("done").exists)
+        assert run.modes() == run.before != raw
+        run.type(b"you\r")
+        run.expect(rb"got you")
+        assert run.modes() == raw
+        run.type(b"\r")
+        run.process.wait(10)
+        assert run.modes() == run.before
+
+
 @needs_tmux
 @needs("bash")
 def test_attached_from_the_background(tmp_path):
