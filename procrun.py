@@ -240,6 +240,31 @@ def parse_env(text, source=".env"):
 
 # Formation: process types -> instances -----------------------------------------------------------
 
+# What some /bin/sh (dash, bash, busybox, ksh, mksh, yash, zsh) does not run as a program.
+NOT_PROGRAMS = frozenset(b"""! . : [ [[ alias autoload bg bind break builtin caller case cd chdir
+    command compgen complete compopt continue coproc declare dirs disown do done echo elif else
+    enable esac eval exec exit export false fc fg fi float for foreach function getopts global hash
+    help history if in integer jobs kill let limit local logout mapfile namespace newgrp nocorrect
+    noglob popd print printf pushd pwd read readarray readonly rehash repeat return sched select
+    set setopt shift shopt source suspend test then time times trap true type typeset ulimit
+    umask unalias unset until vared wait whence where which while""".split())
+TRAP = b"""trap 'trap "" TERM; wait; exit 143' TERM; """
+
+
+def shell_text(command):
+    """The text (bytes) that /bin/sh -c gets for a command (bytes), under start and exported.
+
+    A command that is plainly one program takes the shell's place, so that its process id, the
+    signal and the exit status are its own; Debian's sh does not do that by itself.  Anything
+    else, or in doubt, stands behind a trap that makes the shell outlive what it runs: it waits
+    on SIGTERM, and does not go on to the next command.
+    """
+    program = re.match(rb"(exec[ \t]+)?([A-Za-z0-9_./][A-Za-z0-9_./+-]*)(?=[ \t]|\Z)", command)
+    if not program or program[2] in NOT_PROGRAMS or re.search(rb"[;&|()<>`{}!\n]", command):
+        return TRAP + command
+    return command if program[1] else b"exec " + command
+
+
 class Instance(namedtuple("Instance", "type number port command")):
     """One instance: its process type's name, its number from 1, its PORT, its command (bytes)."""
     __slots__ = ()
@@ -340,13 +365,8 @@ more; the text of the first comment; the variables that all instances share (str
 process types, {type: concurrency} and the base port; the options --image and --user-units; and the
 absolute path of the location."""
 
-NOT_PROGRAMS = frozenset("""! . : [ alias bg break case cd command continue do done echo elif
-    else esac eval exec exit export false fc fg fi for getopts hash if in jobs kill local printf
-    pwd read readonly return set shift source test then time times trap true type ulimit umask
-    unalias unset until wait while""".split())
 NO_TEXT = "[\0-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef%s]" % "".join(
     chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xfffe, 0xffff))
-WAIT = """trap 'trap "" TERM; wait; exit 143' TERM; """
 FORWARD = """trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 
 
@@ -397,26 +417,14 @@ def portable(command):
     return 'eval "$(printf %%b %s)"' % shell_quote(escaped("a command", command))
 
 
-def waited(command):
-    """Shell text of the command where the manager sends SIGTERM to the whole group.
-
-    One program takes the shell's place; where it must stay in between (or in doubt), it must not
-    die before what it runs, or it would be taken for the app.
-    """
-    program = re.match(r"(exec[ \t]+)?([A-Za-z0-9_./][A-Za-z0-9_./+-]*)(?=[ \t]|$)", command)
-    if not program or program[2] in NOT_PROGRAMS or re.search(r"[;&|()<>`{}!\n]", command):
-        return WAIT + command
-    return command if program[1] else "exec " + command
-
-
 def forwarded(command):
     """Shell text of the command where the manager sends SIGTERM to the leader alone.
 
     A shell acts upon a signal at once only while it waits for a background job; that job has
     SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
     """
-    text = waited(command)
-    if not text.startswith(WAIT):
+    text = as_str(shell_text(command.encode("utf-8", "surrogateescape")))
+    if not text.startswith(as_str(TRAP)):
         return text
     return "%sexec /bin/sh -c %s) & wait $!" % (FORWARD, shell_quote(text))
 
@@ -467,7 +475,7 @@ def export_upstart(plan, instances):
         lines = ["export %s=%s" % (name, shell_quote(value))
                  for name, value in own_variables(plan.variables, each).items()]
         lines += ["exec >>%s 2>&1" % shell_quote(values["log"])] * bool(plan.log)
-        lines += ["exec /bin/sh -c " + shell_quote(waited(each.command))]
+        lines += ["exec /bin/sh -c " + shell_quote(as_str(shell_text(each.command.encode("utf-8", "surrogateescape"))))]
         script = re.sub(r"(?m)^([ \t\r]*end)(?=[ \t\r]+script)", r"\1''", "\n".join(lines))
         yield File(values["job"] + ".conf", 0o600, UPSTART % dict(values, script=script))
     for name in dict.fromkeys(each.type for each in instances):
@@ -585,7 +593,7 @@ def export_supervisord(plan, instances):
     for each in instances:
         values = fields(doubled, each, environment=",".join(
             '%s="%s"' % item for item in own_variables(variables, each).items()),
-            word=supervisor_word(prelude + "sleep 1; " + waited(portable(each.command))))
+            word=supervisor_word(prelude + "sleep 1; " + as_str(shell_text(portable(each.command).encode("utf-8", "surrogateescape")))))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
         jobs.append(values["job"])
@@ -628,7 +636,7 @@ def export_runit(plan, instances):
     head = "#!/bin/sh\n# %s\n" % plan.mark
     for each in instances:
         values = fields(plan, each, directory=shell_quote(plan.root),
-                        word=shell_quote(prelude + waited(each.command)))
+                        word=shell_quote(prelude + as_str(shell_text(each.command.encode("utf-8", "surrogateescape")))))
         output = ">>%s 2>&1" % shell_quote(values["log"]) if plan.log else "2>&1"
         for name, value in own_variables(variables, each).items():
             yield File("%s/env/%s" % (values["job"], name), 0o600,
