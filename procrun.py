@@ -1,33 +1,40 @@
 #!/usr/bin/env python3
-"""procrun - run a Procfile app: all its process types, in one terminal, and nothing left behind.
+"""procrun - run a Procfile app: all its processes in one terminal, and nothing left behind
 
-    python3 procrun.py start                 all process types, until one of them ends or Ctrl-C
-    python3 procrun.py start -c web=2        the same, with two instances of web
-    python3 procrun.py start web             web alone
-    python3 procrun.py start --attach web    web has the keyboard: a debugger can be used
-    python3 procrun.py run web               web's command once, in the foreground
-    python3 procrun.py run env               any command, with the app's environment
-    python3 procrun.py check                 are the Procfile and .env in order?
-    python3 procrun.py export systemd /etc/systemd/system    the same app for a process manager
+    procrun start [NAME ...]         run all process types, or those named, until one of them ends
+    procrun run NAME                 run one process type's command, in the foreground
+    procrun run COMMAND [ARG ...]    run any other command with the app's environment
+    procrun check                    check the Procfile and the environment files
+    procrun export FORMAT LOCATION   write the same app for a process manager, such as systemd
+    procrun version                  print the version
+    procrun COMMAND --help           list the options of a command
 
-Words (each has one meaning, here and in every message):
+Examples:
 
-    Procfile      the file that names the process types, one `name: command` a line
-    process type  a name and its command                       web: python app.py
-    concurrency   how many instances of one type               web=2
-    formation     the concurrency of every type                web=2,worker=4
-    instance      one of them, with a PORT of its own          web.2, PORT=5001
-    set           all instances that run together
-    child         a forked instance; its process id is also its session and its group
-    leader, group the child itself, and it with all that it started and that stayed in its group
-    guard         procrun's helper process, the parent of all children
-    grace period  seconds between SIGTERM and SIGKILL          -t 5
-    base port     the PORT of the first instance               -p 5000
+    python3 procrun.py start -c web=2                two instances of web
+    python3 procrun.py start web --attach web        web alone; its debugger has the terminal
+    python3 procrun.py start --keep-going            whatever ends, the others go on
+    python3 procrun.py run python3 manage.py migrate
+    python3 procrun.py export systemd /etc/systemd/system
 
-Exit status of start: that of the process whose end ended the set (128+N if signal N killed it);
-128+N if signal N to procrun began the shutdown, 141 if nobody reads its output any more; 1 for an
-error of the Procfile and the like, 2 for a wrong call.  run: the command's own, 127 if it is not
-found, 126 if it cannot be executed.
+While start runs, its terminal takes these commands:
+
+    restart [NAME ...]   restart all instances, those of a type (web), or a single one (web.2)
+    stop NAME ...        end them; they stay ended until restart
+    attach NAME          type into a process; Ctrl-D leaves it (under --pty: Ctrl-])
+    ps                   list the instances: pid, PORT, and how long each has run or how it ended
+    help                 list these commands
+
+Exit status of start:
+
+    N       that of the process whose end ended the others (128+N: signal N killed it); with
+            --keep-going that of the first that failed
+    128+N   signal N to procrun began the shutdown
+    141     nobody reads the output any more
+    1       an error, as in the Procfile
+    2       an error of the command line
+
+run has that of the command, 127 if it is not found, or 126 if it cannot be executed.
 """
 # How the file is built.  Data travels downwards: text becomes process types, these become
 # instances, these become files for a process manager, or children.  All that only computes stands
@@ -76,7 +83,7 @@ LAST = 0.5             # seconds that the end of a shutdown may take, after SIGK
 CHUNK = 1 << 20        # bytes: one read, and the most that is kept of a line without its newline
 LITTLE = 1 << 16       # bytes: one read where little is expected (more costs a mmap and a munmap)
 TOO_LARGE = 1 << 24    # bytes: no Procfile and no .env is that long
-MOST_ERRORS = 100
+MOST_ERRORS = 10       # of one file, in full
 
 
 class Failure(Exception):
@@ -89,11 +96,28 @@ class UsageError(Failure):
     status = 2
 
 
-def shown(text):
+class Problems(list):
+    """What is wrong with a file, as lines for stderr: the first ones, then one with a count."""
+    more = 0
+
+    def add(self, source, number, problem):
+        """Add the problem of a line, by its number."""
+        if len(self) < MOST_ERRORS:
+            self.append("%s:%d: %s" % (source, number, problem))
+        else:
+            self.more += 1
+            self[MOST_ERRORS:] = ["%s: and %d more" % (source, self.more)]
+
+
+def printable(text):
     """Bytes as one short printable str, for messages."""
-    text = text[:200].decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in text)
+    text = repr(text[:200].decode("utf-8", "replace"))[1:-1]
     return text if len(text) <= 40 else text[:40] + "..."
+
+
+def plain_lines(text):
+    """The bytes of a file without a UTF-8 byte order mark, and with LF for each CR LF."""
+    return re.sub(rb"\A\xef\xbb\xbf", b"", text).replace(b"\r\n", b"\n")
 
 
 # Procfile: text -> process types -----------------------------------------------------------------
@@ -103,10 +127,9 @@ ProcessType.__doc__ = "A process type of the Procfile: its name (str) and its co
 
 
 def logical_lines(text):
-    """Yield (line number, bytes) without line ends; a line that goes on in the next is one."""
+    """Yield (number, line) for each line; one that ends in a backslash is joined with the next."""
     parts, first = [], 1
     for number, line in enumerate(text.split(b"\n"), 1):
-        line = line[:-1] if line.endswith(b"\r") else line
         # As for the shell, an even number of backslashes escapes itself; a comment never goes on.
         backslashes = len(line) - len(line.rstrip(b"\\"))
         if backslashes % 2 and (parts or not line.lstrip().startswith(b"#")):
@@ -122,17 +145,17 @@ def entry_problem(line, lines):
     """What is wrong with this line as an entry, or None; `lines` holds the names before it."""
     name, colon, command = line.partition(b":")
     if not colon:
-        return "no colon in `%s`; expected `name: command`" % shown(line)
+        return "no colon in `%s`; expected `name: command`" % printable(line)
     if not re.fullmatch(rb"[A-Za-z0-9_-]+", name):
-        return "bad name `%s`; use letters, digits, _ and -" % shown(name)
+        return "bad name `%s`; use letters, digits, _ and -" % printable(name)
     if name == b"all":
         return "the name `all` means every process type; use another"
     if name in lines:
-        return "duplicate name `%s`, first on line %d; rename one" % (shown(name), lines[name])
+        return "duplicate name `%s`, first on line %d; rename one" % (printable(name), lines[name])
     if not command.strip():
-        return "empty command for `%s`; write one after the colon" % shown(name)
+        return "empty command for `%s`; write one after the colon" % printable(name)
     if b"\0" in command:
-        return "NUL byte in the command of `%s`; remove it" % shown(name)
+        return "NUL byte in the command of `%s`; remove it" % printable(name)
     return None
 
 
@@ -146,96 +169,122 @@ def parse_procfile(text, source="Procfile"):
         command  any bytes but NUL, kept as they are; if it ends in a backslash (that no other
                  backslash escapes), that is dropped and the next line is part of it
 
-    Raises Failure that names all bad lines, or says that there is no process type at all.
+    Raises Failure with the first ten errors and a count, or if there is no process type at all.
     """
-    types, lines, errors = [], {}, []
-    for number, line in logical_lines(text[3:] if text.startswith(b"\xef\xbb\xbf") else text):
+    types, lines, problems = [], {}, Problems()
+    for number, line in logical_lines(plain_lines(text)):
         if line.strip()[:1] in (b"", b"#"):
             continue
         problem = entry_problem(line, lines)
         name, _, command = line.partition(b":")
-        if not problem:
+        if problem:
+            problems.add(source, number, problem)
+        else:
             types.append(ProcessType(name.decode(), command.lstrip(b" \t")))
             lines[name] = number
-        elif len(errors) < MOST_ERRORS:
-            errors.append("%s:%d: %s" % (source, number, problem))
-        else:
-            break
-    if errors:
-        raise Failure(*errors)
-    if not types:
-        raise Failure("%s: no process types; a line such as `web: python app.py` is one" % source)
+    if not types and not problems:
+        problems = ["%s: no process types; write a line such as `web: python app.py`" % source]
+    if problems:
+        raise Failure(*problems)
     return types
 
 
 # Environment: text -> variables ------------------------------------------------------------------
 
-ENV_NAME = rb"[ \t]*(?:export[ \t]+)?([A-Za-z_0-9]+)[ \t]*="
+ENV_NAME = rb"""[ \t]*(?:export[ \t]+)?([^\0- \x7f='"#][^\0- \x7f='"]*)[ \t]*="""
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
+# One that is never closed is matched too, or each of a million would look for its end anew.
+ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
+MOST_VALUE = 1 << 20    # bytes; Linux gives a process no more than 128 KiB (execve(2))
 
 
-def line_end(text, place):
-    """Where the line ends that text[place] is in."""
-    end = text.find(b"\n", place)
-    return len(text) if end < 0 else end
-
-
-def env_value(text, start, end):
-    """Return (value, where its last line ends) of what follows an =, text[start:end] at first.
+def raw_value(text, start):
+    """Return (quote, value as it is written, where its last line ends) of what follows an =.
 
     Raises ValueError(what is wrong, where its last line ends) if it is quoted, but not well.
     """
-    bare = text[start:end].lstrip(b" \t")
+    line = text[start:text.index(b"\n", start)]
+    bare, end = line.lstrip(b" \t"), start + len(line)
     quote, first = bare[:1], end - len(bare) + 1
     if quote not in (b"'", b'"'):
-        return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t\r"), end
-    marks = re.compile(rb"'" if quote == b"'" else rb'\\[\s\S]|"').finditer(text, first)
-    last = next((each.start() for each in marks if each[0] == quote), -1)
-    if last < 0:
+        return b"", re.split(rb"[ \t]#", line, maxsplit=1)[0].strip(b" \t"), end
+    # Not escaped: it stands behind an even number of backslashes.
+    closing = re.compile(rb"'" if quote == b"'" else rb'(?<!\\)(?:\\\\)*"').search(text, first)
+    if not closing:
         raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
-    value, end = text[first:last], line_end(text, last)
-    if text[last + 1:end].strip(b" \t\r")[:1] not in (b"", b"#"):
+    end = text.index(b"\n", closing.end())
+    if text[closing.end():end].strip(b" \t")[:1] not in (b"", b"#"):
         raise ValueError("text after the closing quote; only a comment may follow", end)
-    if quote == b'"':
-        value = re.sub(rb'\\([nt"\\$])', lambda match: ENV_ESCAPES[match[1]], value)
-    return value, end
+    return quote, text[first:closing.end() - 1], end
 
 
-def parse_env(text, source=".env"):
-    r"""Return the variables of a .env file (bytes) as a dict of bytes to bytes.
+def expand_value(quote, value, known):
+    """Return (the value with its escapes and expansions replaced, the names it lacks)."""
+    if quote == b"'":
+        return value, []
+    missing = []
+
+    def replacement(match):
+        escaped, name, default, closed = match.groups()
+        if escaped:
+            return ENV_ESCAPES[escaped]
+        if not closed:
+            return match[0]
+        if name not in known and default is None:
+            missing.append(name.decode())
+        return known.get(name) or default or b""
+
+    escapes = rb'\\([nt"\\$])' if quote else rb"\\(\$)(?=\{)"
+    return re.sub(escapes + ENV_EXPANSION, replacement, value), list(dict.fromkeys(missing))
+
+
+def parse_env(text, source=".env", environment=()):
+    r"""Return (variables, warnings) of a .env file (bytes): a dict of bytes to bytes, and lines
+    for stderr, one for each expansion of a name that nothing defines.
 
         file     as a Procfile, a UTF-8 byte order mark is skipped, and lines end in LF or CR LF
         line     blank, or a comment that starts with #, or  [export] NAME = value
-        NAME     one or more of A-Z a-z 0-9 _
+        NAME     any characters but = " ' blanks and control characters; # is not the first
         value    'literal', may span lines; or "escaped", may span lines, where \n \t \" \\ \$ are
                  escapes and any other backslash stays; after both only a comment may follow; or
                  bare: to the end of the line, less outer blanks and a comment, which starts with
-                 a blank and #
+                 a blank and #; there \${ is ${
+        ${X}     unless literal or behind a backslash, the value that X has by a line above, else
+                 in `environment` (bytes to bytes), else nothing.  X is a name of a shell
+        ${X:-d}  the same, but d if that is empty: as it stands there, to the first }
 
-    Nothing is expanded.  The later of two lines wins.  Raises Failure that names all bad lines.
+    Anything else with a $ is kept, and a value that was put in is not expanded again.  The later
+    of two lines wins.  Raises Failure with the first ten errors and a count; no value is shown.
     """
-    text = text[3:] if text.startswith(b"\xef\xbb\xbf") else text
-    variables, errors, place, number = {}, [], 0, 1
-    while place < len(text) and len(errors) < MOST_ERRORS:
-        end = line_end(text, place)
-        head = re.compile(ENV_NAME).match(text, place, end)
+    text = plain_lines(text + b"\n")
+    variables, known, problems, warnings = {}, dict(environment), Problems(), Problems()
+    place, number = 0, 1
+    while place < len(text):
+        end = text.index(b"\n", place)
+        name = re.compile(ENV_NAME).match(text, place)
         try:
-            if head:
-                value, end = env_value(text, head.end(), end)
+            if name:
+                quote, value, end = raw_value(text, name.end())
+                value, missing = expand_value(quote, value, known)
                 if b"\0" in value:
-                    raise ValueError("NUL byte in the value of %s; remove it" % shown(head[1]),
-                                     end)
-                variables[head[1]] = value
+                    raise ValueError("NUL byte in the value; remove it", end)
+                if len(value) > MOST_VALUE:
+                    # The rest is not read: it could make a longer one of this, line by line.
+                    raise ValueError("the value is longer than 1 MiB", len(text))
+                variables[name[1]] = known[name[1]] = value
+                for each in missing:
+                    warning = "warning: ${%s} is not defined, so it is empty" % each
+                    warnings.add(source, number, warning)
             elif text[place:end].strip()[:1] not in (b"", b"#"):
                 raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
         except ValueError as error:
             problem, end = error.args
-            errors.append("%s:%d: %s" % (source, number, problem))
+            problems.add(source, number, problem)
         number += text.count(b"\n", place, end + 1)
         place = end + 1
-    if errors:
-        raise Failure(*errors)
-    return variables
+    if problems:
+        raise Failure(*problems)
+    return variables, warnings
 
 
 # Formation: process types -> instances -----------------------------------------------------------
@@ -260,7 +309,8 @@ def shell_text(command):
     on SIGTERM, and does not go on to the next command.
     """
     program = re.match(rb"(exec[ \t]+)?([A-Za-z0-9_./][A-Za-z0-9_./+-]*)(?=[ \t]|\Z)", command)
-    if not program or program[2] in NOT_PROGRAMS or re.search(rb"[;&|()<>`{}!\n]", command):
+    syntax = re.search(rb"[;&|()<>`!\n]|(?<!\$)\{", command)
+    if syntax or not program or program[2] in NOT_PROGRAMS:
         return TRAP + command
     return command if program[1] else b"exec " + command
 
@@ -289,16 +339,14 @@ def parse_counts(text):
     """Return [(name, count)] of a formation such as "web=2,worker=4"; raises UsageError."""
     counts = []
     for item in text.split(","):
-        name, equals, count = (part.strip() for part in item.partition("="))
-        if not equals or not name:
-            raise UsageError("expected NAME=COUNT, found `%s`" % item)
-        if not re.fullmatch("[0-9]{1,5}", count):
-            raise UsageError("`%s` is not a count, in `%s`" % (count, item))
-        counts.append((name, int(count)))
+        match = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]{1,5})\s*", item)
+        if not match:
+            raise UsageError("expected NAME=N with a whole number N, found `%s`" % item)
+        counts.append((match[1], int(match[2])))
     return counts
 
 
-def unknown(names, known, what="process type"):
+def check_names(names, known, what="process type"):
     """Raise UsageError for the first of `names` that is not among `known`."""
     for name in names:
         if name not in known:
@@ -308,11 +356,12 @@ def unknown(names, known, what="process type"):
 def formation(types, counts, default, names=()):
     """Return {process type: count} in Procfile order.
 
-    `counts` overrides `default`, and so does its "all"; `names`, if any, are the types to run.
+    A type has the count that `counts` gives it, else that of "all" in `counts`, else `default`.
+    If there are `names`, only these types are run.  Raises UsageError for an unknown name.
     """
     known = [each.name for each in types]
-    unknown(names, known)
-    unknown(counts, known + ["all"])
+    check_names(names, known)
+    check_names(counts, known + ["all"])
     default = counts.get("all", default)
     return {name: counts.get(name, default) if not names or name in names else 0 for name in known}
 
@@ -323,30 +372,39 @@ def expand(types, counts, base):
     Types that are not run keep their place, so a port never depends on what else runs.
     Raises Failure if a port is beyond 65535.
     """
-    instances = [Instance(each.name, number, base + 100 * place + number - 1, each.command)
-                 for place, each in enumerate(types)
-                 for number in range(1, counts[each.name] + 1)]
-    for instance in instances:
-        if instance.port > 65535:
-            raise Failure("%s: port %d is beyond 65535; choose a lower base port with -p"
-                          % (instance.name, instance.port))
+    instances = []
+    for place, (name, command) in enumerate(types):
+        for number in range(1, counts[name] + 1):
+            port = base + 100 * place + number - 1
+            if port > 65535:
+                raise Failure("%s.%d: port %d is beyond 65535; choose a lower base port with -p"
+                              % (name, number, port))
+            instances.append(Instance(name, number, port, command))
     return instances
 
 
+def is_port(text):
+    """Whether the text (str) is a port, 1 to 65535."""
+    return re.fullmatch("[0-9]{1,5}", text) is not None and 0 < int(text) < 65536
+
+
 def base_port(option, *environments):
-    """Return the base port: the option, else the first PORT of the environments, else 5000."""
-    if option is not None:
-        return option
-    text = next((each[b"PORT"] for each in environments if b"PORT" in each), b"5000")
-    if not re.fullmatch(rb"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise Failure("PORT=%s in .env or the environment is not a port; use -p" % shown(text))
+    """Return the base port: the option, else the first PORT of the environments that is not empty,
+    else 5000.  Raises Failure if that is not a port."""
+    given = [each[b"PORT"] for each in environments if each.get(b"PORT")]
+    if option or not given:
+        return option or 5000
+    text = printable(given[0])
+    if not is_port(text):
+        raise Failure("PORT=%s in .env or the environment is not a port; use -p" % text)
     return int(text)
 
 
 def selected(names, instances, option):
-    """Return the instances that `names` (types or instances) stand for, in their order."""
-    known = list(dict.fromkeys(each.type for each in instances))
-    unknown(names, known + [each.name for each in instances], "name for %s:" % option)
+    """Return the instances that `names` stand for (of types, or their own), in their order;
+    raises UsageError that says for what `option` the names are."""
+    known = [each.type for each in instances] + [each.name for each in instances]
+    check_names(names, dict.fromkeys(known), "name for %s:" % option)
     return [each for each in instances if each.type in names or each.name in names]
 
 
@@ -751,7 +809,7 @@ def plan_problem(plan, format):
         return "there can be no user %r; give another with -u" % plan.user
     for path in (plan.root, plan.log, plan.location):
         if not is_text(path) or re.search(r'["\\]|\s$|\s[;#]', path):
-            return "the path `%s` has characters that cannot be carried" % shown(os.fsencode(path))
+            return "the path `%s` has characters that cannot be carried" % printable(os.fsencode(path))
     if format == "systemd" and re.search(r"[*?\[]", plan.location):
         return "the path `%s` cannot be carried: systemd takes it for a pattern" % plan.location
     if format == "supervisord" and "%" in plan.log:
@@ -2077,11 +2135,9 @@ def read_file(path):
 
 
 def absolute(path):
-    """The absolute path; raises Failure.  `link/..` is not the folder that the link is in; but the
-    links behind, such as `current`, stay as they are."""
-    above, dots, below = (os.path.join(".", path) + "/").rpartition("/../")
+    """The absolute path (os.path.abspath); raises Failure."""
     try:
-        return os.path.abspath(os.path.join(dots and os.path.realpath(above + dots), below))
+        return os.path.abspath(path)
     except OSError:
         raise Failure("the current directory has been removed; change to one that is there")
 
@@ -2097,11 +2153,15 @@ def procfile_path(args):
 
 
 def load_types(args):
-    """Read the Procfile."""
+    """Read the Procfile; if there is none, say what can be done about it."""
     path = procfile_path(args)
     if args.root and not os.path.isdir(args.root):
         raise Failure("%s: no such directory; -d gives the root directory" % args.root)
     if not args.procfile and not os.path.exists(path):
+        import glob
+        others = sorted(glob.glob(glob.escape(path) + ".*"))
+        if others:
+            raise Failure("no %s here; use -f %s" % (path, " or -f ".join(others)))
         raise Failure("no %s here; write one, a line for each process type, such as:" % path,
                       "    web: python3 -m http.server $PORT", "    worker: python3 worker.py")
     return parse_procfile(read_file(path), path)
@@ -2110,16 +2170,24 @@ def load_types(args):
 def load_app(args, types):
     """Read the environment files, and find the root directory."""
     path = procfile_path(args)
-    root = args.root or ("." if path == "-" else os.path.dirname(path))
-    default = os.path.join(root, ".env")
+    root = args.root or os.path.dirname(path)
+    if os.path.exists(path) and not os.path.isfile(path):    # such as /dev/stdin
+        root = args.root or ""
+    default, names = os.path.join(root, ".env"), args.env
+    if not names and os.path.lexists(default) and not os.path.isdir(default):    # a virtualenv
+        names = [default]
     variables = {}
-    for name in args.env_before + args.env or [default] * os.path.exists(default):
-        variables.update(parse_env(read_file(name), name))
+    for name in names:
+        found, warnings = parse_env(read_file(name), name, {**os.environb, **variables})
+        variables.update(found)
+        complain(*warnings)
     return App(types, variables, absolute(root))
 
 
 def planned(args, app):
     """Return ({type: concurrency}, base port, instances) that the command line asks for."""
+    if args.concurrency and args.formation:
+        raise UsageError("-c and -m exclude each other")
     given = dict(args.concurrency + args.formation)
     counts = formation(app.types, given, 0 if args.formation else 1, getattr(args, "names", ()))
     base = base_port(args.port, app.variables, os.environb)
@@ -2226,12 +2294,13 @@ def cmd_run(args):
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command or not command[0]:
         raise UsageError("run what? name a process type, or a command")
-    known = args.procfile or os.path.exists(procfile_path(args))
-    types = load_types(args) if known and len(command) == 1 else []
+    may_be_type = len(command) == 1 and (args.procfile or os.path.exists(procfile_path(args)))
+    types = load_types(args) if may_be_type else []
     app = load_app(args, types)
-    variables = environment(app.variables)
-    counts = {each.name: int(each.name == command[0]) for each in types}
-    for instance in expand(types, counts, base_port(args.port, app.variables, os.environb)):
+    variables, names = environment(app.variables), [each.name for each in types]
+    if command[0] in names:
+        base = base_port(args.port, app.variables, os.environb)
+        [instance] = expand(types, formation(types, {}, 1, command), base)
         variables.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     enter_root(app.root)
@@ -2240,10 +2309,10 @@ def cmd_run(args):
     try:
         os.execvpe(command[0], command, variables)
     except OSError as error:
-        known = ", ".join(each.name for each in types if error.errno == errno.ENOENT)
-        complain("%s: %s%s" % (command[0], error.strerror,
-                               known and "; the process types are " + known))
-        return 127 if error.errno in (errno.ENOENT, errno.ENOTDIR) else 126
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        hint = "; the process types are " + ", ".join(names) if missing and names else ""
+        complain("%s: %s%s" % (command[0], error.strerror, hint))
+        return 127 if missing else 126
 
 
 def cmd_check(args):
@@ -2349,14 +2418,14 @@ def cmd_export(args):
 
 def seconds(text):
     """An argparse type: a grace period."""
-    if not re.fullmatch(r"[0-9]{1,8}(\.[0-9]*)?|\.[0-9]+", text):
-        raise UsageError("-t: `%s` is not a number of seconds" % text)
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?|\.[0-9]+", text) or float(text) > 86400:
+        raise UsageError("-t: `%s` is not a number of seconds from 0 to 86400, a day" % text)
     return float(text)
 
 
 def port_number(text):
     """An argparse type: a port."""
-    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+    if not is_port(text):
         raise UsageError("-p: `%s` is not a port, 1 to 65535" % text)
     return int(text)
 
@@ -2371,41 +2440,61 @@ def argument(*flags, **details):
     return flags, details
 
 
-COMMON = [
-    argument("-f", "--procfile", metavar="FILE",
-             help="the Procfile (default: Procfile in the root directory; - is standard input)"),
-    argument("-d", "--root", metavar="DIR",
-             help="where the commands run and .env is (default: the Procfile's folder)"),
-    argument("-e", "--env", metavar="FILE[,FILE]", action="extend", type=split_names,
-             help="read these instead of .env; repeatable")]
-COUNTS = dict(metavar="NAME=N[,NAME=N]", action="extend", type=parse_counts, default=[])
-NAMES = dict(metavar="NAME[,NAME]", action="extend", type=split_names, default=[])
-BASE_PORT = argument("-p", "--port", type=port_number, metavar="N",
-                     help="base port (default: PORT of .env or the environment, or 5000)")
-FORMATION = [
-    argument("-c", "--concurrency", help="so many instances; types not named stay at 1, or at the "
-             "N of all=N; repeatable", **COUNTS),
-    argument("-m", "--formation", help="the same, but types not named are not run; all=N says how "
-             "many of them", **COUNTS),
-    BASE_PORT,
-    argument("-t", "--timeout", type=seconds, default=5.0, metavar="SECONDS",
-             help="grace period between SIGTERM and SIGKILL (default: 5; start: 0 kills at once; "
-             "export: in whole seconds, 1 or more)")]
-START = FORMATION + [
-    argument("names", nargs="*", metavar="NAME", help="run these process types only"),
-    argument("--can-die", help="an exit 0 of these does not end the set", **NAMES),
-    argument("--quiet", help="drop the output of these; starts and exits are told", **NAMES),
-    argument("--pty", action="store_true", help="give each process a terminal of its own"),
-    argument("--attach", metavar="NAME",
-             help="give the keyboard to web (web.1) or web.2; Ctrl-C twice, or Ctrl-\\, ends all"),
-    argument("--color", choices=("auto", "always", "never"), default="auto",
-             help="colour the prefixes (default: auto: on a terminal); never: uncolour all"),
-    argument("--no-timestamp", dest="timestamp", action="store_false",
-             help="no time in front of the lines"),
-    argument("--no-prefix", dest="prefix", action="store_false",
-             help="nothing in front of the lines")]
-RUN = [BASE_PORT, argument("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
-                           help="a process type, or a command with its arguments")]
+REPEATABLE = {"action": "extend", "default": []}
+VALUES = {    # what an option takes, by the word that stands for it
+    "N": {"type": port_number},
+    "SECONDS": {"type": seconds, "default": 5.0},
+    "FILE": {"type": os.path.normpath},
+    "DIR": {"type": os.path.normpath},
+    "NAME[,NAME]": {"type": split_names, **REPEATABLE},
+    "FILE[,FILE]": {"type": split_names, **REPEATABLE},
+    "NAME=N[,NAME=N]": {"type": parse_counts, **REPEATABLE},
+    "auto|always|never": {"choices": ("auto", "always", "never"), "default": "auto"}}
+
+
+def options(text):
+    """Return the options that a text describes like a manual page, as argument() has them: flags,
+    the word for the value if there is one, two or more blanks, and what it does."""
+    found = []
+    for flags, word, meaning in re.findall(
+            r"^(-.*?)(?: ([^\s-]\S*))?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
+        details = {"metavar": word, **VALUES.get(word, {})} if word else {"action": "store_true"}
+        if flags.startswith("--no-"):
+            details = {"action": "store_false", "dest": flags[len("--no-"):]}
+        found.append(argument(*flags.split(", "), help=meaning, **details))
+    return found
+
+
+COMMON = options("""
+-f, --procfile FILE     the Procfile (default: Procfile in the root directory; - is standard input)
+-d, --root DIR          where the commands run and .env is (default: the Procfile's folder)
+-e, --env FILE[,FILE]   read these files instead of .env; repeatable
+""")
+BASE_PORT = options("""
+-p, --port N            base port (default: PORT of .env or the environment, or 5000)
+""")
+FORMATION = options("""
+-c, --concurrency NAME=N[,NAME=N]   run N instances; types that are not named run once, or as often
+                                    as all=N says; repeatable
+-m, --formation NAME=N[,NAME=N]     the same, but types that are not named do not run, unless all=N
+                                    is given
+-t, --timeout SECONDS   grace period between SIGTERM and SIGKILL, at most a day (default: 5; start:
+                        0 kills at once; export: rounded up to a whole second)
+""") + BASE_PORT
+START = FORMATION + options("""
+--can-die NAME[,NAME]   an exit 0 of these does not end the others; repeatable
+--keep-going            no exit of a process ends the others
+--quiet NAME[,NAME]     drop the output of these, but not their starts and ends; repeatable
+--pty                   give each process a terminal of its own
+--attach NAME           give this terminal to one process, such as web or web.2, from its start;
+                        Ctrl-] takes it back
+--color auto|always|never   colour the prefixes (default: auto, on a terminal); never: no colours
+                        at all, not those of the processes either
+--no-timestamp          write no time in front of the lines
+--no-prefix             write nothing in front of the lines
+""") + [argument("names", nargs="*", metavar="NAME", help="run only these process types")]
+RUN = BASE_PORT + [argument("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
+                            help="a process type, or a command with its arguments")]
 EXPORT = FORMATION + [
     argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)),
     argument("location", metavar="LOCATION", help="the folder to write to, made if missing"),
@@ -2419,64 +2508,55 @@ EXPORT = FORMATION + [
              help="print every file with its values masked, write nothing"),
     argument("--force", action="store_true", help="overwrite files not of this app and format")]
 COMMANDS = {
-    "start": (cmd_start, START, "run the process types until one of them ends"),
-    "run": (cmd_run, RUN, "run one process type, or any command, in the foreground"),
-    "check": (cmd_check, [], "parse the Procfile and the environment files"),
-    "export": (cmd_export, EXPORT, "write the configuration of a process manager"),
-    "version": (cmd_version, [], "print the version")}
+    "start": (cmd_start, START), "run": (cmd_run, RUN), "check": (cmd_check, []),
+    "export": (cmd_export, EXPORT), "version": (cmd_version, [])}
 
 
-def build_parser(words):
-    """The command line, as argparse has it; only a command that is among its words is complete
-    (the options of all would take 2 ms)."""
+def parse_words(words):
+    """Return (the function of the command, its arguments as argparse has them) that the words of
+    the command line mean; --help and the like end procrun.  Raises UsageError."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         """Errors are one line, and options are not guessed from their first letters."""
 
-        def __init__(self, **details):
+        def __init__(self, arguments, **details):
             # Its width is given, or argparse imports shutil to find it out (3 ms).
             page = partial(argparse.RawDescriptionHelpFormatter, width=100)
             super().__init__(allow_abbrev=False, formatter_class=page, **details)
+            for flags, more in arguments:
+                self.add_argument(*flags, **more)
 
         def error(self, message):
             raise UsageError("%s (see %s --help)" % (message, self.prog))
 
-        def add(self, options, **more):
-            for flags, details in options:
-                self.add_argument(*flags, **{**details, **more})
-
-    parser = Parser(prog="procrun", description=__doc__)
-    parser.add(COMMON[:2])
-    parser.add(COMMON[2:], dest="env_before", default=[])
-    parser.add_argument("--version", action="version", version="procrun " + VERSION)
-    parser.set_defaults(env=[])
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
-    for name, (function, options, text) in COMMANDS.items():
-        formats = "".join("\n    %-12s %s: %s" % (
+    top = Parser(COMMON, prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
+    top.add_argument("--version", action="version", version="procrun " + VERSION)
+    top.add_argument("words", nargs="...", help=argparse.SUPPRESS)
+    args = top.parse_args(words)
+    if not args.words:
+        top.exit(UsageError.status, top.format_help())
+    name, *rest = args.words
+    if name not in COMMANDS:
+        top.error("unknown command `%s`; there are %s" % (name, ", ".join(COMMANDS)))
+    function, arguments = COMMANDS[name]
+    text = function.__doc__
+    if name == "export":
+        text += "".join("\n    %-12s %s: %s" % (
             key, each.help, each.start.format(app="APP", location="LOCATION"))
-            for key, each in FORMATS.items()) if name == "export" else ""
-        sub = commands.add_parser(name, help=text, description=text + formats)
-        if name in words:
-            sub.add(COMMON, default=argparse.SUPPRESS)
-            sub.add(options)
-            sub.set_defaults(function=function)
-    return parser
+            for key, each in FORMATS.items())
+    # What stands before the command is in args already, and lists are extended.
+    parser = Parser(COMMON + arguments, prog="procrun " + name, description=text)
+    return function, parser.parse_args(rest, args)
 
 
 def main(argv=None):
     """Run procrun; return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        parser = build_parser(words)
-        args = parser.parse_args(words)
-        if not args.name:
-            parser.print_help()
-            return 2
-        if getattr(args, "concurrency", None) and args.formation:
-            raise UsageError("-c and -m exclude each other")
+        function, args = parse_words(words)
         args.argv = words
-        return args.function(args)
+        return function(args)
     except Failure as failure:
         complain(*failure.args)
         return failure.status
