@@ -120,6 +120,11 @@ def plain_lines(text):
     return re.sub(rb"\A\xef\xbb\xbf", b"", text).replace(b"\r\n", b"\n")
 
 
+def is_comment(line):
+    """Whether a line (bytes) is a comment, or blank."""
+    return line.strip()[:1] in (b"", b"#")
+
+
 # Procfile: text -> process types -----------------------------------------------------------------
 
 ProcessType = namedtuple("ProcessType", "name command")
@@ -173,7 +178,7 @@ def parse_procfile(text, source="Procfile"):
     """
     types, lines, problems = [], {}, Problems()
     for number, line in logical_lines(plain_lines(text)):
-        if line.strip()[:1] in (b"", b"#"):
+        if is_comment(line):
             continue
         problem = entry_problem(line, lines)
         name, _, command = line.partition(b":")
@@ -191,38 +196,35 @@ def parse_procfile(text, source="Procfile"):
 
 # Environment: text -> variables ------------------------------------------------------------------
 
-ENV_NAME = rb"""[ \t]*(?:export[ \t]+)?([^\0- \x7f='"#][^\0- \x7f='"]*)[ \t]*="""
+# A name, and the quote that opens the value, if there is one.
+ENV_LINE = rb"""[ \t]*(?:export[ \t]+)?([^\0- \x7f='"#][^\0- \x7f='"]*)[ \t]*=(?:[ \t]*(['"]))?"""
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
 # One that is never closed is matched too, or each of a million would look for its end anew.
 ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
 MOST_VALUE = 1 << 20    # bytes; Linux gives a process no more than 128 KiB (execve(2))
 
 
-def raw_value(text, start):
-    """Return (quote, value as it is written, where its last line ends) of what follows an =.
-
-    Raises ValueError(what is wrong, where its last line ends) if it is quoted, but not well.
-    """
-    line = text[start:text.index(b"\n", start)]
-    bare, end = line.lstrip(b" \t"), start + len(line)
-    quote, first = bare[:1], end - len(bare) + 1
-    if quote not in (b"'", b'"'):
-        return b"", re.split(rb"[ \t]#", line, maxsplit=1)[0].strip(b" \t"), end
-    # Not escaped: it stands behind an even number of backslashes.
-    closing = re.compile(rb"'" if quote == b"'" else rb'(?<!\\)(?:\\\\)*"').search(text, first)
+def raw_value(text, quote, start):
+    """Return (value as it is written, where its last line ends); it begins behind its quote, if
+    it has one.  Raises ValueError(what is wrong, where its last line ends)."""
+    end = text.index(b"\n", start)
+    if not quote:
+        return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t"), end
+    # A quote that is not escaped stands behind an even number of backslashes.
+    closing = re.compile(rb"'" if quote == b"'" else rb'(?<!\\)(?:\\\\)*"').search(text, start)
     if not closing:
         raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
     end = text.index(b"\n", closing.end())
-    if text[closing.end():end].strip(b" \t")[:1] not in (b"", b"#"):
+    if not is_comment(text[closing.end():end]):
         raise ValueError("text after the closing quote; only a comment may follow", end)
-    return quote, text[first:closing.end() - 1], end
+    return text[start:closing.end() - 1], end
 
 
-def expand_value(quote, value, known):
+def expand_value(value, quote, known):
     """Return (the value with its escapes and expansions replaced, the names it lacks)."""
     if quote == b"'":
-        return value, []
-    missing = []
+        return value, ()
+    missing = {}
 
     def replacement(match):
         escaped, name, default, closed = match.groups()
@@ -231,11 +233,11 @@ def expand_value(quote, value, known):
         if not closed:
             return match[0]
         if name not in known and default is None:
-            missing.append(name.decode())
+            missing[name.decode()] = True
         return known.get(name) or default or b""
 
     escapes = rb'\\([nt"\\$])' if quote else rb"\\(\$)(?=\{)"
-    return re.sub(escapes + ENV_EXPANSION, replacement, value), list(dict.fromkeys(missing))
+    return re.sub(escapes + ENV_EXPANSION, replacement, value), missing
 
 
 def parse_env(text, source=".env", environment=()):
@@ -261,21 +263,22 @@ def parse_env(text, source=".env", environment=()):
     place, number = 0, 1
     while place < len(text):
         end = text.index(b"\n", place)
-        name = re.compile(ENV_NAME).match(text, place)
+        line = re.compile(ENV_LINE).match(text, place)
         try:
-            if name:
-                quote, value, end = raw_value(text, name.end())
-                value, missing = expand_value(quote, value, known)
+            if line:
+                name, quote = line.groups()
+                value, end = raw_value(text, quote, line.end())
+                value, missing = expand_value(value, quote, known)
                 if b"\0" in value:
                     raise ValueError("NUL byte in the value; remove it", end)
                 if len(value) > MOST_VALUE:
                     # The rest is not read: it could make a longer one of this, line by line.
                     raise ValueError("the value is longer than 1 MiB", len(text))
-                variables[name[1]] = known[name[1]] = value
+                variables[name] = known[name] = value
                 for each in missing:
                     warning = "warning: ${%s} is not defined, so it is empty" % each
                     warnings.add(source, number, warning)
-            elif text[place:end].strip()[:1] not in (b"", b"#"):
+            elif not is_comment(text[place:end]):
                 raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
         except ValueError as error:
             problem, end = error.args
@@ -335,14 +338,14 @@ class Instance(namedtuple("Instance", "type number port command")):
         return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
 
 
-def parse_counts(text):
-    """Return [(name, count)] of a formation such as "web=2,worker=4"; raises UsageError."""
-    counts = []
-    for item in text.split(","):
+def parse_counts(items):
+    """Return {name: count} of a formation such as ["web=2", "worker=4"]; raises UsageError."""
+    counts = {}
+    for item in items:
         match = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]{1,5})\s*", item)
         if not match:
             raise UsageError("expected NAME=N with a whole number N, found `%s`" % item)
-        counts.append((match[1], int(match[2])))
+        counts[match[1]] = int(match[2])
     return counts
 
 
@@ -383,21 +386,23 @@ def expand(types, counts, base):
     return instances
 
 
-def is_port(text):
-    """Whether the text (str) is a port, 1 to 65535."""
-    return re.fullmatch("[0-9]{1,5}", text) is not None and 0 < int(text) < 65536
+def port_number(text):
+    """Return the port that a text (str) is, 1 to 65535; raises UsageError."""
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise UsageError("`%s` is not a port, 1 to 65535" % text)
+    return int(text)
 
 
 def base_port(option, *environments):
     """Return the base port: the option, else the first PORT of the environments that is not empty,
     else 5000.  Raises Failure if that is not a port."""
-    given = [each[b"PORT"] for each in environments if each.get(b"PORT")]
+    given = [printable(each[b"PORT"]) for each in environments if each.get(b"PORT")]
     if option or not given:
         return option or 5000
-    text = printable(given[0])
-    if not is_port(text):
-        raise Failure("PORT=%s in .env or the environment is not a port; use -p" % text)
-    return int(text)
+    try:
+        return port_number(given[0])
+    except UsageError:
+        raise Failure("PORT=%s in .env or the environment is not a port; use -p" % given[0])
 
 
 def selected(names, instances, option):
@@ -2188,7 +2193,7 @@ def planned(args, app):
     """Return ({type: concurrency}, base port, instances) that the command line asks for."""
     if args.concurrency and args.formation:
         raise UsageError("-c and -m exclude each other")
-    given = dict(args.concurrency + args.formation)
+    given = parse_counts(args.concurrency + args.formation)
     counts = formation(app.types, given, 0 if args.formation else 1, getattr(args, "names", ()))
     base = base_port(args.port, app.variables, os.environb)
     instances = expand(app.types, counts, base)
@@ -2423,13 +2428,6 @@ def seconds(text):
     return float(text)
 
 
-def port_number(text):
-    """An argparse type: a port."""
-    if not is_port(text):
-        raise UsageError("-p: `%s` is not a port, 1 to 65535" % text)
-    return int(text)
-
-
 def split_names(text):
     """An argparse type: "a,b" -> ["a", "b"]."""
     return text.split(",")
@@ -2440,27 +2438,30 @@ def argument(*flags, **details):
     return flags, details
 
 
-REPEATABLE = {"action": "extend", "default": []}
-VALUES = {    # what an option takes, by the word that stands for it
-    "N": {"type": port_number},
-    "SECONDS": {"type": seconds, "default": 5.0},
-    "FILE": {"type": os.path.normpath},
-    "DIR": {"type": os.path.normpath},
-    "NAME[,NAME]": {"type": split_names, **REPEATABLE},
-    "FILE[,FILE]": {"type": split_names, **REPEATABLE},
-    "NAME=N[,NAME=N]": {"type": parse_counts, **REPEATABLE},
-    "auto|always|never": {"choices": ("auto", "always", "never"), "default": "auto"}}
+TYPES = {"N": port_number, "SECONDS": seconds, "FILE": os.path.normpath, "DIR": os.path.normpath}
 
 
 def options(text):
-    """Return the options that a text describes like a manual page, as argument() has them: flags,
-    the word for the value if there is one, two or more blanks, and what it does."""
+    """Return the options that a text describes like a manual page, as argument() has them.
+
+    Each is one or two flags, the word for its value if there is one (it tells the type, choices
+    and whether the option is repeatable), two or more blanks, and what it does.
+    """
     found = []
     for flags, word, meaning in re.findall(
             r"^(-.*?)(?: ([^\s-]\S*))?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
-        details = {"metavar": word, **VALUES.get(word, {})} if word else {"action": "store_true"}
-        if flags.startswith("--no-"):
-            details = {"action": "store_false", "dest": flags[len("--no-"):]}
+        if "[," in word:
+            details = {"type": split_names, "action": "extend", "default": []}
+        elif "|" in word:
+            details = {"choices": word.split("|")}
+        elif word:
+            details = {"type": TYPES.get(word)}
+        elif flags.startswith("--no-"):
+            details = {"dest": flags[len("--no-"):], "action": "store_false"}
+        else:
+            details = {"action": "store_true"}
+        if word:
+            details["metavar"] = word
         found.append(argument(*flags.split(", "), help=meaning, **details))
     return found
 
@@ -2542,11 +2543,10 @@ def parse_words(words):
     function, arguments = COMMANDS[name]
     text = function.__doc__
     if name == "export":
-        text += "".join("\n    %-12s %s: %s" % (
-            key, each.help, each.start.format(app="APP", location="LOCATION"))
-            for key, each in FORMATS.items())
+        text += "".join("\n    %-12s %s" % (key, each.help) for key, each in FORMATS.items())
     # What stands before the command is in args already, and lists are extended.
     parser = Parser(COMMON + arguments, prog="procrun " + name, description=text)
+    parser.set_defaults(timeout=5.0, color="auto")
     return function, parser.parse_args(rest, args)
 
 
