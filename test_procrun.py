@@ -464,91 +464,29 @@ def test_formation_and_ports(tmp_path, args, env, dotenv, expected):
 
 
 # What takes the shell's place, and what stays behind the trap.
-REPLACES = r"""
-printenv A
-printenv A # comment
-printenv	A \
-printenv 'A' "A" \A ${A+A} $A $A$EMPTY
-printenv NOSUCH
-printenv ${B:-A} "${NOSUCH-A}" } ${NOSUCH?no}
-printenv A}
-ls *.txt ?.txt [ab].txt no*such
-ls 'a b.txt' "a b.txt" a\ b.txt a' 'b".txt"
-ls -d ~ ~/.
-ls é.txt $EMPTY
-env X=1 printenv X
-./script $A a\ b '$A' "$A"
-script "" ''
-./true
-no-such-program a
-./missing
-./no-program
-./folder
-""".strip("\n").split("\n")
-STAYS = r"""
-A=1 printenv A
-A=1 B='x y' printenv A B
-A=5
-printenv A; printenv B; exit 3
-printenv A && printenv NOSUCH || echo $?
-printenv A | cat
-printenv A > out; cat out
-2>/dev/null ls no*such
-ls no*such 2>/dev/null
-cat < a.txt
-printenv A & wait
-printenv A &
-(printenv A; exit 4)
-{ printenv A; exit 5; }
-! printenv NOSUCH
-[ a = b ]
-test a = a
-true
-false
-: a
-echo a  'b  c' "$A" \$A
-printf '%s.' a b
-exec printenv A; echo never
-exec echo a
-exec
-exec 2>/dev/null; ls no*such
-if true; then echo yes; fi
-for x in 1 2; do echo $x; done
-while false; do :; done
-until true; do :; done
-case $A in a*) echo a;; esac
-cd /; pwd
-cd /
-. ./script
-eval 'echo "$A"'
-export A=2; printenv A
-command printenv A
-set -- 1 2; echo $#
-x() { echo in; }; x
-exit 7
-'printenv' A
-"printenv" A
-\printenv A
-p'rint'env A
-print$EMPTY''env A
-$(echo printenv) A
-`echo printenv` A
-printenv $(echo A)
-printenv `echo A`
-$EMPTY printenv A
-$EMPTY
-$NOSUCH
-~/script a
-*script a
-# comment
-./é a
-é
-cat <<E
-printenv 'A;B'
-printenv {A,B}
-printenv ${A:=`echo`}
-printenv A;
-""".strip("\n").split("\n")
+REPLACES = [
+    "printenv A", "printenv A # comment", "printenv\tA \\",
+    r"""printenv 'A' "A" \A ${A+A} $A $A$EMPTY""", "printenv NOSUCH",
+    'printenv ${B:-A} "${NOSUCH-A}" } ${NOSUCH?no}', "printenv A}",
+    "ls *.txt ?.txt [ab].txt no*such", r'''ls 'a b.txt' "a b.txt" a\ b.txt a' 'b".txt"''',
+    "ls -d ~ ~/.", "ls é.txt $EMPTY", "env X=1 printenv X", r'''./script $A a\ b '$A' "$A"''',
+    """script "" ''""", "./true", "no-such-program a", "./missing", "./no-program", "./folder"]
+STAYS = [
+    "A=1 printenv A", "A=1 B='x y' printenv A B", "A=5", "printenv A; printenv B; exit 3",
+    "printenv A && printenv NOSUCH || echo $?", "printenv A | cat", "printenv A > out; cat out",
+    "2>/dev/null ls no*such", "ls no*such 2>/dev/null", "cat < a.txt", "printenv A & wait",
+    "printenv A &", "(printenv A; exit 4)", "{ printenv A; exit 5; }", "! printenv NOSUCH",
+    "[ a = b ]", "test a = a", "true", "false", ": a", r"""echo a  'b  c' "$A" \$A""",
+    "printf '%s.' a b", "exec printenv A; echo never", "exec echo a", "exec",
+    "exec 2>/dev/null; ls no*such", "if true; then echo yes; fi",
+    "for x in 1 2; do echo $x; done", "while false; do :; done", "until true; do :; done",
+    "case $A in a*) echo a;; esac", "cd /; pwd", "cd /", ". ./script", """eval 'echo "$A"'""",
+    "export A=2; printenv A", "command printenv A", "set -- 1 2; echo $#", "x() { echo in; }; x",
+    "exit 7", "'printenv' A", '"printenv" A', r"\printenv A", "p'rint'env A",
+    "print$EMPTY''env A", "$(echo printenv) A", "`echo printenv` A", "printenv $(echo A)",
+    "printenv `echo A`", "$EMPTY printenv A", "$EMPTY", "$NOSUCH", "~/script a", "*script a",
+    "# comment", "./é a", "é", "cat <<E", "printenv 'A;B'", "printenv {A,B}",
+    "printenv ${A:=`echo`}", "printenv A;"]
 UNTOUCHED = ["exec printenv A", "exec  ./script a", "exec\tprintenv 'A'", "exec no-such-program"]
 
 
@@ -4553,14 +4491,11 @@ def test_a_port_of_connections_that_are_over_is_free(tmp_path):
 
 # Command line ------------------------------------------------------------------------------------
 
-def test_check(tmp_path):
-    app = procfile(tmp_path, "web: x\nworker: y\n", "A=1\n")
-    assert call(app, "check") == (0, b"valid procfile detected (web, worker)\n", b"")
-
-
-@pytest.mark.parametrize("args", ["version", "--version"])
-def test_version(tmp_path, args):
-    assert call(tmp_path, args) == (0, b"procrun 0.1.0\n", b"")
+@pytest.mark.parametrize("args, told", [
+    ("check", b"valid procfile detected (web, worker)\n"), ("version", b"procrun 0.1.0\n"),
+    ("--version", b"procrun 0.1.0\n")])
+def test_check_and_version(tmp_path, args, told):
+    assert call(procfile(tmp_path, "web: x\nworker: y\n", "A=1\n"), args) == (0, told, b"")
 
 
 def test_help_begins_with_what_to_type_and_no_command_is_a_wrong_call(tmp_path):
@@ -4623,19 +4558,16 @@ def test_root_is_the_procfiles_folder_and_later_env_files_win(tmp_path):
         0, told, b"")
 
 
-@pytest.mark.parametrize("file", ["-", "/dev/stdin", "fifo", "<(cat)"])
+@needs("bash")
+@pytest.mark.parametrize("file", ["-", "/dev/stdin", "<(cat)"])
 def test_a_procfile_that_is_no_regular_file(tmp_path, file):
     """Its folder says nothing, so the current directory is the root."""
     tmp_path.joinpath(".env").write_bytes(b"A=here\n")
-    os.mkfifo(str(tmp_path / "fifo"))
-    if not shutil.which("bash"):
-        pytest.skip("needs bash")
-    status, out, errors = ask(tmp_path, input=b"web: echo $A $(pwd)\n", command=[
-        "bash", "-c", 'exec 3<&0; cat <&3 >fifo & exec "$@" -f %s <&3' % file, "bash",
-        *compiled(), "start"] if file == "fifo" else [
-        "bash", "-c", '"$@" -f %s' % file, "bash", *compiled(), "start"])
-    assert (status, errors) == (0, b"")
-    assert b"| here %s\n" % os.path.realpath(str(tmp_path)).encode() in out
+    for words in "start -f %s", "-f %s start":
+        status, out, errors = ask(tmp_path, input=b"web: echo $A $(pwd)\n", command=[
+            "bash", "-c", '"$@" ' + words % file, "bash", *compiled()])
+        assert (status, errors) == (0, b"")
+        assert b"| here %s\n" % os.path.realpath(str(tmp_path)).encode() in out
 
 
 @pytest.mark.parametrize("command, told", [
