@@ -199,14 +199,18 @@ def parse_procfile(text, source="Procfile"):
 # A name, and the quote that opens the value, if there is one.
 ENV_LINE = rb"""[ \t]*(?:export[ \t]+)?([^\0- \x7f='"#][^\0- \x7f='"]*)[ \t]*=(?:[ \t]*(['"]))?"""
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
-# One that is never closed is matched too, or each of a million would look for its end anew.
+# One that is never closed is matched, too: if it were not, a value that is full of them would take
+# hours, because each would look for its } up to the end.
 ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
 MOST_VALUE = 1 << 20    # bytes; Linux gives a process no more than 128 KiB (execve(2))
 
 
 def raw_value(text, quote, start):
-    """Return (value as it is written, where its last line ends); it begins behind its quote, if
-    it has one.  Raises ValueError(what is wrong, where its last line ends)."""
+    """Return (the value as it is written, where its last line ends).
+
+    It begins at `start`, behind its `quote` or, if that is None, behind the =.  Raises
+    ValueError(what is wrong, where its last line ends).
+    """
     end = text.index(b"\n", start)
     if not quote:
         return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t"), end
@@ -221,7 +225,7 @@ def raw_value(text, quote, start):
 
 
 def expand_value(value, quote, known):
-    """Return (the value with its escapes and expansions replaced, the names it lacks)."""
+    """Return (the value with its escapes and expansions replaced, the undefined names in it)."""
     if quote == b"'":
         return value, ()
     missing = {}
@@ -242,7 +246,7 @@ def expand_value(value, quote, known):
 
 def parse_env(text, source=".env", environment=()):
     r"""Return (variables, warnings) of a .env file (bytes): a dict of bytes to bytes, and lines
-    for stderr, one for each expansion of a name that nothing defines.
+    for stderr, one for each name in a value that nothing defines.
 
         file     as a Procfile, a UTF-8 byte order mark is skipped, and lines end in LF or CR LF
         line     blank, or a comment that starts with #, or  [export] NAME = value
@@ -251,12 +255,12 @@ def parse_env(text, source=".env", environment=()):
                  escapes and any other backslash stays; after both only a comment may follow; or
                  bare: to the end of the line, less outer blanks and a comment, which starts with
                  a blank and #; there \${ is ${
-        ${X}     unless literal or behind a backslash, the value that X has by a line above, else
-                 in `environment` (bytes to bytes), else nothing.  X is a name of a shell
-        ${X:-d}  the same, but d if that is empty: as it stands there, to the first }
+        ${X}     unless literal or behind a backslash: the value of X by a line above, else by
+                 `environment` (bytes to bytes), else nothing; X has letters, digits and _
+        ${X:-d}  the same, but d if that is empty; d is taken as it stands, to the first }
 
-    Anything else with a $ is kept, and a value that was put in is not expanded again.  The later
-    of two lines wins.  Raises Failure with the first ten errors and a count; no value is shown.
+    Any other $ stays as it is, and what was put in is not expanded again.  The later of two lines
+    wins.  Raises Failure with the first ten errors and a count; it shows no value.
     """
     text = plain_lines(text + b"\n")
     variables, known, problems, warnings = {}, dict(environment), Problems(), Problems()
