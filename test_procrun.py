@@ -334,7 +334,8 @@ GIVEN = {b"HOME": b"/home/a", b"EMPTY": b"", b"X": b"outer", b"ODD": b"${X} \\n 
     (b"A=${EMPTY}", b""), (b"A=${NO:-}", b""), (b"A=${NO:- a  b}", b" a  b"),
     (b'A="${NO:-a\nb}"', b"a\nb"),
     # A default is taken as it stands, to the first }; what is put in is not expanded again.
-    (b"A=${NO:-${X}}", b"${X}"), (b"A=${NO:-\\$\\n}", b"\\$\\n"), (b'A="${NO:-\\$\\n}"', b"\\$\\n"),
+    (b"A=${NO:-${X}}", b"${X}"), (b"A=${NO:-\\$\\n}", b"\\$\\n"),
+    (b'A="${NO:-\\$\\n}"', b"\\$\\n"),
     (b"A=${ODD}", b"${X} \\n '\""), (b'A="${ODD}"', b"${X} \\n '\""),
     (b"A='${X}'\nA=${A}", b"${X}"),
     # A backslash protects.
@@ -4571,11 +4572,11 @@ def test_a_procfile_that_is_no_regular_file(tmp_path, file):
 
 
 @pytest.mark.parametrize("command, told", [
-    ("check", b"valid procfile detected (web)"), ("run web", b"[]"), ("run sh -c 'echo [$A]'", b"[]"),
-    ("start", b"| []")])
+    ("check", b"valid procfile detected (web)"), ("run web", b"[]"),
+    ("run sh -c 'echo [$A]'", b"[]"), ("start", b"| []")])
 def test_an_env_that_cannot_be_read(tmp_path, command, told):
-    """Every command says which file it is, and what is wrong; only a folder of that name (a virtual
-    environment) may be there."""
+    """Every command says which file it is, and what is wrong; only a folder of that name, which is
+    a virtual environment, may be there."""
     app, env = procfile(tmp_path, 'web: echo "[$A]"\n'), tmp_path / ".env"
     words = shlex.split(command)
     env.mkdir()
@@ -4720,9 +4721,9 @@ def test_no_procfile(tmp_path):
     procfile(tmp_path, b"\n".join(each.strip() for each in lines[1:])).joinpath("sub").mkdir()
     assert call(tmp_path, "check")[0] == 0
     tmp_path.joinpath("Procfile").rename(tmp_path / "sub" / "Procfile.dev")
-    for args, file in [("check -d sub", b"sub/Procfile.dev"), ("start -d sub", b"sub/Procfile.dev")]:
-        assert call(tmp_path, *args.split()) == (
-            1, b"", b"procrun: no sub/Procfile here; use -f %s\n" % file)
+    for command in "check", "start":
+        assert call(tmp_path, command, "-d", "sub") == (
+            1, b"", b"procrun: no sub/Procfile here; use -f sub/Procfile.dev\n")
     tmp_path.joinpath("sub", "Procfile.b").touch()
     assert b"use -f Procfile.b or -f Procfile.dev\n" in call(tmp_path / "sub", "check")[2]
     assert call(tmp_path, "run", "web") == (127, b"", b"procrun: web: No such file or directory\n")
