@@ -2437,56 +2437,25 @@ def split_names(text):
     return text.split(",")
 
 
-def argument(*flags, **details):
-    """One argument of a command, as argparse's add_argument() takes it."""
-    return flags, details
-
-
-TYPES = {"N": port_number, "SECONDS": seconds, "FILE": os.path.normpath, "DIR": os.path.normpath}
-
-
-def options(text):
-    """Return the options that a text describes like a manual page, as argument() has them.
-
-    Each is one or two flags, the word for its value if there is one (it tells the type, choices
-    and whether the option is repeatable), two or more blanks, and what it does.
-    """
-    found = []
-    for flags, word, meaning in re.findall(
-            r"^(-.*?)(?: ([^\s-]\S*))?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
-        if "[," in word:
-            details = {"type": split_names, "action": "extend", "default": []}
-        elif "|" in word:
-            details = {"choices": word.split("|")}
-        elif word:
-            details = {"type": TYPES.get(word)}
-        elif flags.startswith("--no-"):
-            details = {"dest": flags[len("--no-"):], "action": "store_false"}
-        else:
-            details = {"action": "store_true"}
-        if word:
-            details["metavar"] = word
-        found.append(argument(*flags.split(", "), help=meaning, **details))
-    return found
-
-
-COMMON = options("""
+# What each command takes, as a manual page has it: --help shows it, and add_options() reads it.
+COMMON = """
 -f, --procfile FILE     the Procfile (default: Procfile in the root directory; - is standard input)
 -d, --root DIR          where the commands run and .env is (default: the Procfile's folder)
 -e, --env FILE[,FILE]   read these files instead of .env; repeatable
-""")
-BASE_PORT = options("""
+"""
+BASE_PORT = """
 -p, --port N            base port (default: PORT of .env or the environment, or 5000)
-""")
-FORMATION = options("""
+"""
+FORMATION = BASE_PORT + """
 -c, --concurrency NAME=N[,NAME=N]   run N instances; types that are not named run once, or as often
                                     as all=N says; repeatable
 -m, --formation NAME=N[,NAME=N]     the same, but types that are not named do not run, unless all=N
                                     is given
 -t, --timeout SECONDS   grace period between SIGTERM and SIGKILL, at most a day (default: 5; start:
                         0 kills at once; export: rounded up to a whole second)
-""") + BASE_PORT
-START = FORMATION + options("""
+"""
+START = FORMATION + """
+NAME ...                run only these process types
 --can-die NAME[,NAME]   an exit 0 of these does not end the others; repeatable
 --keep-going            no exit of a process ends the others
 --quiet NAME[,NAME]     drop the output of these, but not their starts and ends; repeatable
@@ -2497,24 +2466,51 @@ START = FORMATION + options("""
                         at all, not those of the processes either
 --no-timestamp          write no time in front of the lines
 --no-prefix             write nothing in front of the lines
-""") + [argument("names", nargs="*", metavar="NAME", help="run only these process types")]
-RUN = BASE_PORT + [argument("command", nargs="...", metavar="NAME | COMMAND [ARG ...]",
-                            help="a process type, or a command with its arguments")]
-EXPORT = FORMATION + [
-    argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS)),
-    argument("location", metavar="LOCATION", help="the folder to write to, made if missing"),
-    argument("-a", "--app", metavar="NAME", help="the app's name (default: the root directory's)"),
-    argument("-u", "--user", metavar="USER", help="who runs it (default: the app's name)"),
-    argument("-l", "--log", metavar="DIR",
-             help="log to files DIR/web-1.log (default: the manager's own logging)"),
-    argument("--image", metavar="IMAGE", help="the container image (kubernetes)"),
-    argument("--user-units", action="store_true", help="units for systemctl --user (systemd)"),
-    argument("--dry-run", action="store_true",
-             help="print every file with its values masked, write nothing"),
-    argument("--force", action="store_true", help="overwrite files not of this app and format")]
+"""
+RUN = BASE_PORT + """
+NAME|COMMAND [ARG ...]  a process type, or a command with its arguments
+"""
+EXPORT = FORMATION + """
+FORMAT                  the process manager
+LOCATION                the folder to write to, made if missing
+-a, --app NAME          the app's name (default: the root directory's)
+-u, --user USER         who runs it (default: the app's name)
+-l, --log DIR           log to files DIR/web-1.log (default: the manager's own logging)
+--image IMAGE           the container image (kubernetes)
+--user-units            units for systemctl --user (systemd)
+--dry-run               print every file with its values masked, write nothing
+--force                 overwrite files not of this app and format
+"""
+WORDS = {    # what the words for values and arguments mean to argparse
+    "N": {"type": port_number}, "SECONDS": {"type": seconds, "default": 5.0},
+    "FILE": {"type": os.path.normpath}, "DIR": {"type": os.path.normpath},
+    "auto|always|never": {"choices": ("auto", "always", "never"), "default": "auto"},
+    "NAME ...": {"dest": "names", "nargs": "*"}, "FORMAT": {"dest": "format", "choices": FORMATS},
+    "LOCATION": {"dest": "location"},
+    "NAME|COMMAND [ARG ...]": {"dest": "command", "nargs": "..."}}
 COMMANDS = {
-    "start": (cmd_start, START), "run": (cmd_run, RUN), "check": (cmd_check, []),
-    "export": (cmd_export, EXPORT), "version": (cmd_version, [])}
+    "start": (cmd_start, START), "run": (cmd_run, RUN), "check": (cmd_check, ""),
+    "export": (cmd_export, EXPORT), "version": (cmd_version, "")}
+
+
+def add_options(parser, text):
+    """Have an argparse parser take what a text describes, an option or an argument a line.
+
+    A line holds the flags, if any, and the word for the value, if any, then two or more blanks
+    and what it does, which goes on in lines that begin with a blank.
+    """
+    for flags, word, meaning in re.findall(
+            r"^(-[^\s,]+(?:, -\S+)?)? ?(\S+(?: \S+)*)?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
+        details = dict(WORDS.get(word, {}), help=meaning)
+        if word:
+            details["metavar"] = word
+        elif flags.startswith("--no-"):
+            details.update(dest=flags[len("--no-"):], action="store_false")
+        else:
+            details["action"] = "store_true"
+        if "[," in word:
+            details.update(type=split_names, action="extend", default=[])
+        parser.add_argument(*flags.split(", ") if flags else (), **details)
 
 
 def parse_words(words):
@@ -2525,17 +2521,16 @@ def parse_words(words):
     class Parser(argparse.ArgumentParser):
         """Errors are one line, and options are not guessed from their first letters."""
 
-        def __init__(self, arguments, **details):
+        def __init__(self, text, **details):
             # Its width is given, or argparse imports shutil to find it out (3 ms).
             page = partial(argparse.RawDescriptionHelpFormatter, width=100)
             super().__init__(allow_abbrev=False, formatter_class=page, **details)
-            for flags, more in arguments:
-                self.add_argument(*flags, **more)
+            add_options(self, COMMON + text)
 
         def error(self, message):
             raise UsageError("%s (see %s --help)" % (message, self.prog))
 
-    top = Parser(COMMON, prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
+    top = Parser("", prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
     top.add_argument("--version", action="version", version="procrun " + VERSION)
     top.add_argument("words", nargs="...", help=argparse.SUPPRESS)
     args = top.parse_args(words)
@@ -2544,14 +2539,12 @@ def parse_words(words):
     name, *rest = args.words
     if name not in COMMANDS:
         top.error("unknown command `%s`; there are %s" % (name, ", ".join(COMMANDS)))
-    function, arguments = COMMANDS[name]
-    text = function.__doc__
+    function, text = COMMANDS[name]
+    page = function.__doc__
     if name == "export":
-        text += "".join("\n    %-12s %s" % (key, each.help) for key, each in FORMATS.items())
+        page += "".join("\n    %-12s %s" % (key, each.help) for key, each in FORMATS.items())
     # What stands before the command is in args already, and lists are extended.
-    parser = Parser(COMMON + arguments, prog="procrun " + name, description=text)
-    parser.set_defaults(timeout=5.0, color="auto")
-    return function, parser.parse_args(rest, args)
+    return function, Parser(text, prog="procrun " + name, description=page).parse_args(rest, args)
 
 
 def main(argv=None):
