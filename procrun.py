@@ -783,7 +783,6 @@ def export_files(plan, instances, format):
 
 COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 31 34".split())
 COLOUR = rb"\x1b\[[0-9;:]*m"
-ESCAPE = rb"\x1b\[[0-?]*[ -/]*[@-~]"    # any control sequence (ECMA-48, 5.4)
 # What moves the cursor out of its line, or changes the screen or the terminal's modes.
 ROAMING = (rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnpqrsu]|[78DEMc=>]|[()#][0-9A-Z])"
            rb"|[\x0b\x0c\x0e\x0f]")
@@ -817,9 +816,6 @@ class Printer:
 
     A line of the output begins with a prefix and only its own process adds to it; an unfinished
     line is kept back until show() or until it is CHUNK long; it is ended when another one writes.
-
-    One source can be the `prompt`, which the user is typing at, on a terminal with so many
-    `columns`: its unfinished line is taken away when another one writes, and shown again after it.
     """
 
     def __init__(self, style, clock):
@@ -827,7 +823,6 @@ class Printer:
         self.margin = (style.width + 3 + 9 * style.stamp) * style.label    # columns of a prefix
         self.queue = []
         self.open = None        # the source whose unfinished line stands at the end of the output
-        self.prompt, self.line, self.columns = None, b"", 80    # line: what the prompt has shown
 
     def prefix(self, source):
         """The bytes in front of each line of the source, as of now."""
@@ -843,8 +838,6 @@ class Printer:
         """What has to come before the next byte of the source's present line."""
         if self.open is source:
             return b""
-        if self.open and self.open is self.prompt:
-            return self.wipe() + self.prefix(source)
         return (b"\n" if self.open else b"") + self.prefix(source)
 
     def feed(self, source, data):
@@ -855,9 +848,6 @@ class Printer:
         """
         if source.unwanted:
             data = source.wanted(data)
-        if source is self.prompt and self.style.label:
-            # Its carriage returns lead to the end of its prefix.
-            data = re.sub(rb"\r(?!\n)", b"\r\x1b[%dC" % self.margin, data)
         end = data.rfind(b"\n") + 1
         if end:
             prefix = self.prefix(source)
@@ -865,19 +855,15 @@ class Printer:
             end_of_lines = len(text) - len(prefix) - (len(data) - end)
             self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:end_of_lines]
             self.open, source.tail = None, bytearray(data[end:])
-            if source is self.prompt:
-                self.line = b""
         else:
             source.tail += data
-        if len(source.tail) >= CHUNK or source is self.prompt:
+        if len(source.tail) >= CHUNK:
             self.show(source)
 
     def show(self, source):
         """Queue the unfinished line of a source; it stays open for the source to go on with."""
         if source.tail:
             self.queue += self.lead(source), bytes(source.tail)
-            if source is self.prompt:
-                self.line = (self.line + source.tail)[-4096:]
             self.open, source.tail = source, bytearray()
 
     def finish(self, source):
@@ -891,19 +877,6 @@ class Printer:
         """End the unfinished line, for the shell that comes to the front."""
         self.queue += [b"\n"] * bool(self.open)
         self.open = None
-
-    def wipe(self):
-        """What takes the prompt's line off the terminal."""
-        text = re.sub(ESCAPE + rb"|[\0-\x0c\x0e-\x1f]", b"", self.line).decode("utf-8", "replace")
-        longest = self.margin + max(map(len, text.split("\r")))
-        rows = max(0, longest - 1) // self.columns
-        return b"\r" + b"\x1b[%dA" % rows * bool(rows) + b"\x1b[J"
-
-    def restore(self):
-        """Show the prompt again, if another one has written."""
-        if self.line and self.open is not self.prompt:
-            self.queue += b"\n" if self.open else b"", self.prefix(self.prompt), self.line
-            self.open = self.prompt
 
 
 # Shutdown: what to send, and when ----------------------------------------------------------------
@@ -1541,7 +1514,7 @@ class Supervisor:
             if port_taken(instance.port):
                 self.say("%s: port %d is already in use" % (instance.name, instance.port))
         if attached:
-            self.attached, self.printer.prompt = attached, attached.source
+            self.attached = attached
             self.keyboard = Keyboard()
             self.watch(self.keyboard.fd, self.on_keys)
         self.resize()
@@ -1561,7 +1534,6 @@ class Supervisor:
 
     def flush(self):
         """Write what is queued, as far as stdout takes it."""
-        self.printer.restore()
         self.sink.write(self.printer.queue)
         if self.sink.error and not self.lost:
             self.lost = True
@@ -1782,8 +1754,7 @@ class Supervisor:
         try:
             wide, high = os.get_terminal_size(1)
             if wide and high:    # a terminal that was never told has 0x0
-                self.printer.columns, rows = wide, high
-                columns = max(1, wide - self.printer.margin)
+                rows, columns = high, max(1, wide - self.printer.margin)
         except OSError:
             pass
         size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))

@@ -4016,39 +4016,6 @@ def test_one_instance_of_several_is_attached(tmp_path):
         assert len(re.findall(rb" got ", run.output)) == 1
 
 
-def test_a_prompt_appears_at_once(tmp_path):
-    app = procfile(tmp_path, "web: echo up; while read x; do printf \"prompt $x\"; done\n")
-    with Terminal(app, "start", "--attach", "web") as run:
-        run.expect(rb"\| up$")
-        delays = []
-        for n in range(5):
-            began = time.monotonic()
-            run.type(b"%d\r" % n)
-            run.expect(rb"prompt %d" % n)
-            delays.append(time.monotonic() - began)
-        assert min(delays) < 0.15    # others' unfinished lines wait for 0.2 s
-        run.type(b"\x04\x04")
-        assert run.wait() == 0
-
-
-def test_foreign_lines_do_not_break_the_prompt(tmp_path):
-    app = procfile(tmp_path, "web: printf 'name? '; read name; echo hello $name; sleep 300\n"
-                             "worker: for i in 1 2 3; do " + UNTIL_THERE % "go$i" + "echo foreign $i;"
-                             " done; sleep 300\n")
-    with Terminal(app, "start", "--attach", "web") as run:
-        run.expect(rb"\| name\? ")
-        for n, typed in enumerate((b"b", b"bo", b"bob"), 1):
-            run.type(typed[-1:])
-            run.expect(rb"\| name\? " + typed + rb"\Z")
-            app.joinpath("go%d" % n).touch()
-            run.expect(rb"\| foreign %d\n[^\n]*web\.1 +\| name\? " % n + typed + rb"\Z")
-        run.type(b"\r")
-        run.expect(rb"\| hello bob$")
-        run.type(b"\x03\x03")
-        assert run.wait() == 130
-        assert len(re.findall(rb"worker\.1 +\| foreign \d$", run.output, re.MULTILINE)) == 3
-
-
 def test_a_long_paste_arrives_whole(tmp_path):
     app = procfile(tmp_path, "web: stty -echo; echo up; " + UNTIL_THERE % "go" + "head -n 3000 | cksum\n")
     text = b"".join(b"%011d\n" % n for n in range(3000))
@@ -4137,28 +4104,6 @@ def test_ctrl_z_stops_all_and_sigcont_goes_on(tmp_path):
         app.joinpath("go").touch()
         assert run.wait() == 0
         assert run.modes() == run.before
-
-
-@needs_tmux
-def test_fg_continues_after_ctrl_z(tmp_path):
-    app = procfile(tmp_path, "web: while printf 'say '; read x; do echo got $x; stty size; done\n"
-                             "worker: sleep 300\n")
-    with Screen(app) as screen:
-        screen.start("--attach", "web")
-        screen.shows(r"web\.1 +\| say\Z")
-        screen.type("two wor")
-        screen.shows(r"web\.1 +\| say two wor\Z")
-        screen.type("", "C-z")
-        screen.shows(r"Stopped(.*\n)*" + SHELL)
-        screen.type("echo typed blindly", "Enter")
-        screen.shows(r"^[$#] echo typed blindly\ntyped blindly\n" + SHELL)
-        screen.tmux("resize-window", "-x", "100", "-y", "30")
-        screen.type("fg", "Enter")
-        screen.shows(r"web\.1 +\| say two wor\Z")
-        screen.type("ds", "Enter")
-        screen.shows(r"web\.1 +\| got two words\n.*web\.1 +\| 30 80\n.*web\.1 +\| say\Z")
-        screen.type("", "C-d")
-        screen.shows(r"exited with code 0\n(.*\n)*" + SHELL)
 
 
 WAYS_OUT = {    # how it ends -> (keys, signal to procrun, exit status)
@@ -4351,65 +4296,6 @@ def test_attach_errors_are_one_line(tmp_path, args, word):
     with Run(procfile(tmp_path, "web: sleep 300\n"), "start", *args, **ALONE) as run:
         assert run.wait() in (1, 2)
         assert re.fullmatch(rb"procrun: [^\n]*" + word + rb"[^\n]*\n", run.output)
-
-
-SHOP = """
-def total(prices):
-    result = 0
-    for price in prices:
-        breakpoint()
-        result += price
-    return result
-
-print("total", total([2, 40]))
-"""
-
-
-@needs_tmux
-def test_a_debugger_is_stepped_through(tmp_path):
-    pytest.importorskip("readline")
-    tmp_path.joinpath("shop.py").write_text(SHOP)
-    app = procfile(tmp_path, "web: '%s' shop.py\n" % sys.executable
-                   + "worker: n=0; while :; do until [ -e job$n ]; do sleep 0.02; done;"
-                     " echo job $n is done; n=$((n+1)); done\n")
-    with Screen(app) as screen:
-        screen.start("--attach", "web", "--can-die", "web", "--color", "always")
-        prompt = r"^[\d:]{8} web\.1    \| \(Pdb\)"
-        screen.shows(prompt + r"\Z")
-        assert re.search(r"\x1b\[36m[\d:]{8} web\.1    \| \x1b\[(0|39)m\(Pdb\)", screen.text("-e"))
-        if "-> breakpoint()" in screen.text():    # Python 3.13 stops at the call itself
-            screen.type("n", "Enter")
-        screen.shows(r"web\.1    \| -> result \+= price\n" + prompt + r"\Z")
-        screen.type("p price * 1111", "Enter")
-        screen.shows(r"\| 2222\n" + prompt + r"\Z")
-        # History, and editing in the middle of the line.
-        screen.type("", "Up")
-        screen.shows(prompt + r" p price \* 1111\Z")
-        screen.type("", "Left", "Left", "BSpace", "9")
-        screen.shows(prompt + r" p price \* 1911\Z")
-        assert screen.tmux("display-message", "-p", "#{cursor_x}").strip() == "38"
-        # Others go on printing, above the line that is being typed.
-        app.joinpath("job0").touch()
-        screen.shows(r"worker\.1 \| job 0 is done\n" + prompt + r" p price \* 1911\Z")
-        assert screen.tmux("display-message", "-p", "#{cursor_x}").strip() == "38"
-        screen.type("", "Home", "Right", "Right")
-        screen.type("-", "End", "7", "Enter")
-        screen.shows(prompt + r" p -price \* 19117\n.*\| -38234\n" + prompt + r"\Z")
-        screen.type("", "Up", "Up")
-        screen.shows(prompt + r" p price \* 1111\Z")
-        app.joinpath("job1").touch()
-        screen.shows(r"job 1 is done\n" + prompt + r" p price \* 1111\Z")
-        screen.type("", "Down", "C-a", "C-k")
-        screen.type("n", "Enter")
-        screen.shows(r"-> for price in prices:\n" + prompt + r"\Z")
-        screen.type("p result", "Enter")
-        screen.shows(r"\| 2\n" + prompt + r"\Z")
-        screen.type("c", "Enter")
-        screen.shows(r"-> (result \+= price|breakpoint\(\))\n" + prompt + r"\Z")
-        screen.type("c", "Enter")
-        screen.shows(r"web\.1    \| total 42\n.*web\.1    \| exited with code 0\Z")
-        screen.type("", "C-\\")
-        screen.shows(SHELL)
 
 
 # -- what a person expects
