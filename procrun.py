@@ -782,33 +782,77 @@ def export_files(plan, instances, format):
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
 
 COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 31 34".split())
-COLOUR = rb"\x1b\[[0-9;:]*m"
-# What moves the cursor out of its line, or changes the screen or the terminal's modes.
-ROAMING = (rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnpqrsu]|[78DEMc=>]|[()#][0-9A-Z])"
-           rb"|[\x0b\x0c\x0e\x0f]")
+
+# On a terminal a process may not leave its line, change the terminal, or make it answer.  So this
+# filter keeps what it knows and takes out everything else (ECMA-48, 5.3 to 5.6; xterm's ctlseqs).
+# It keeps whole sequences and whole characters only: what stands around something that is taken
+# out never forms a new sequence.  It reads str, decoded from UTF-8 with surrogateescape: there a
+# C1 control (U+0080 to U+009F) cannot be mistaken for a byte in the middle of a character.
+TERMINAL = re.compile(r"""
+      # Characters that surely take a column; all others are kept further down.
+      (?P<text> [ -~\xa0-\xac\xae-\u02ff\u0370-\u0482\u2010-\u2027\u2100-\u2bff\u4e00-\ua48f]+ )
+    | (?P<newlines> \n+ )
+    | (?P<colour> \x1b\[ [0-9;:]{0,99} m )
+    | (?P<start> \r (?![\r\n]|\Z) | \x1b\[ 0{0,9} 1? G | \x1b\[ [12] (?P<erase> K ) )
+    | \x1b\[ 0{0,9} (?P<column> [1-9] [0-9]{0,3} ) G
+    | (?P<back> \x08 )
+      # What lacks its end at \Z may get it with the next read.
+    | (?P<sequence> (?: \r | [\udcc2-\udcf4] [\udc80-\udcbf]{0,2} ) \Z
+        | (?: \x1b[PX\]^_] | [\x90\x98\x9d-\x9f] )                         # DCS SOS OSC PM APC
+          [^\x07\x18\x1a\x1b\n\x80-\x9f\udc80-\udc9f]{0,4096}
+        | (?: \x1b\[ (?!0?K) | \x9b ) [\0-\x09\x0b-\x17\x19\x1c-?\x7f]{0,99}    # CSI
+        | \x1b (?!\[0?K) [ -/]{0,9}
+      ) (?P<end> \x1b\\ | [0-~\x07\x9c\udc9c] )?
+    | (?P<kept> \t+ | \x1b\[0?K | [^\0-\x9f\udc80-\udcff]+
+        | [\udca0-\udcff]+ (?! [\udc80-\udcff]{0,2} \Z) | [\udca0-\udcff] )
+    | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | .""", re.VERBOSE | re.DOTALL)
+# For files and pipes under --color never, where everything else passes.
+COLOURLESS = re.compile(r"""(?P<colour>\x1b\[[0-9;:]{0,99}m)
+    | (?P<sequence>\x1b(?:\[[0-9;:]{0,99})?\Z)""", re.VERBOSE)
+UTF8 = "utf-8", "surrogateescape"    # any bytes come back as they were
+CONTROLS = bytes({*range(32), 127} - {9, 10})    # but tab and newline
 
 
-Style = namedtuple("Style", "width colour stamp label")
-Style.__doc__ = "A prefix: the label's width, and whether colour, time and label are shown."
+def harmless(data):
+    """Whether TERMINAL would keep all of these bytes as they are; quick, where it is so."""
+    if any(map(data.__contains__, CONTROLS)):
+        return False
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\xc2" not in data or not re.search(rb"\xc2[\x80-\x9f]", data)
+
+
+Style = namedtuple("Style", "width colour stamp label filter")
+Style.__doc__ = """A prefix: the label's width, and whether colour, time and label are shown; and the
+filter of what processes write: TERMINAL, COLOURLESS, or None, where every byte passes."""
 
 
 class Source:
     """One name in the output: its label, and the line that it has not finished yet."""
-    __slots__ = ("label", "colour", "second", "prefix", "tail", "unwanted", "held")
+    __slots__ = "label colour crlf second prefix tail sgr column".split()
 
-    def __init__(self, label, colour, unwanted=b""):
+    def __init__(self, label, colour, crlf=False):
         self.label, self.colour = label, colour    # str, SGR code as a str
+        self.crlf = crlf                           # whether its lines end in CR LF, as a PTY's do
         self.second, self.prefix = None, b""       # the prefix, and the second it was made for
         self.tail = bytearray()                    # of the unfinished line, what is not shown yet
-        self.unwanted = unwanted                   # a pattern of what is taken out, or b""
-        self.held = b""                            # an escape sequence that is not complete yet
+        self.sgr = ""                              # the sequences that set the line's colours
+        self.column = 0                            # how far the line goes, at least
 
-    def wanted(self, data):
-        """The data without what is unwanted; an escape sequence cut in two waits for its rest."""
-        data = self.held + data
-        cut = re.search(rb"\x1b(?:\[[0-?]{0,100}[ -/]{0,5}|[()#])?\Z", data)
-        data, self.held = (data[:cut.start()], cut[0]) if cut else (data, b"")
-        return re.sub(self.unwanted, b"", data)
+    def unix_lines(self, data):
+        """The data of a PTY with LF for CR LF, also where that was read in two."""
+        if self.tail.endswith(b"\r"):
+            self.tail.pop()
+            data = b"\r" + data
+        return data.replace(b"\r\n", b"\n")
+
+    def begin_line(self):
+        """Go to the next line.  Colours hold there, unless the last of them ended another one."""
+        self.column = 0
+        if re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
+            self.sgr = ""
 
 
 class Printer:
@@ -834,11 +878,18 @@ class Printer:
             source.second, source.prefix = now, text.encode()
         return source.prefix
 
+    def line_end(self):
+        """What ends the unfinished line at the end of the output, if there is one."""
+        if not self.open:
+            return b""
+        return b"\x1b[0m\n" if self.open.sgr else b"\n"
+
     def lead(self, source):
         """What has to come before the next byte of the source's present line."""
         if self.open is source:
             return b""
-        return (b"\n" if self.open else b"") + self.prefix(source)
+        source.begin_line()
+        return self.line_end() + self.prefix(source) + source.sgr.encode()
 
     def feed(self, source, data):
         """Take bytes of a source: its whole lines are queued, the rest is kept.
@@ -846,36 +897,86 @@ class Printer:
         This is the hot path.  It handles chunks, not lines: one replace() puts all prefixes in,
         and the end that it put one too many on is cut off by a view, not by a copy.
         """
-        if source.unwanted:
-            data = source.wanted(data)
+        if source.crlf:
+            data = source.unix_lines(data)
+            if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
+                data = re.sub(rb"\n\n{9,}", b"\n", data)
         end = data.rfind(b"\n") + 1
         if end:
-            prefix = self.prefix(source)
-            text = data.replace(b"\n", b"\n" + prefix)
-            end_of_lines = len(text) - len(prefix) - (len(data) - end)
-            self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:end_of_lines]
-            self.open, source.tail = None, bytearray(data[end:])
+            lead, tail, rest = self.lead(source), bytes(source.tail), data[end:]
+            if self.style.filter:
+                data = self.filtered(source, b"".join((tail, memoryview(data)[:end])))
+                tail = b""
+            text = data.replace(b"\n", b"\n" + self.prefix(source))
+            self.queue += lead, tail, memoryview(text)[:text.rfind(b"\n") + 1]
+            self.open, source.tail = None, bytearray(rest)
         else:
             source.tail += data
         if len(source.tail) >= CHUNK:
             self.show(source)
 
     def show(self, source):
-        """Queue the unfinished line of a source; it stays open for the source to go on with."""
-        if source.tail:
-            self.queue += self.lead(source), bytes(source.tail)
-            self.open, source.tail = source, bytearray()
+        """Queue the unfinished line of a source; it stays open for the source to go on with.
+
+        Where there is a filter, a sequence that has no end yet stays in the source's tail.
+        """
+        lead, text = self.lead(source), bytes(source.tail)
+        source.tail = bytearray()
+        text = self.filtered(source, text)
+        if text:
+            self.queue += lead, text
+            self.open = source
+
+    def filtered(self, source, data):
+        """What the style's filter makes of a source's bytes; it takes most of them as they are."""
+        if not self.style.filter:
+            return data
+        if data.endswith(b"\n") and not source.sgr and harmless(data):
+            return data
+        text = self.style.filter.sub(partial(self.answer, source), data.decode(*UTF8))
+        if self.open is not source and re.fullmatch(r"(\x1b\[[0-9;:]*m)*", text):
+            return b""    # colours alone open no line; lead() puts them in front of the next one
+        return text.encode(*UTF8)
+
+    def answer(self, source, match):
+        """What the output gets in place of a match of the filter."""
+        kind, found = match.lastgroup, match[0]
+        if kind == "text":
+            source.column += len(found)
+        elif kind == "newlines":
+            reset = "\x1b[0m" if source.sgr else ""
+            source.begin_line()
+            found = reset + found + source.sgr
+        elif kind == "colour" and self.style.colour:
+            source.sgr = source.sgr + found if len(source.sgr) < 100 else found
+            if not found.strip("\x1b[0;:m"):
+                source.sgr = ""
+        elif kind == "start":
+            source.column = 0
+            found = "\r" + self.prefix(source).decode() + source.sgr
+            if match["erase"]:
+                found += "\x1b[K"
+        elif kind == "column":
+            source.column = 0
+            found = "\x1b[%dG" % (self.margin + int(match["column"]))
+        elif kind == "back" and source.column:
+            source.column -= 1
+        elif kind != "kept":
+            if kind == "sequence" and match.end() == len(match.string):
+                source.tail += found.encode(*UTF8)    # its rest may come
+            found = ""
+        return found
 
     def finish(self, source):
-        """End the line of a source that will write no more."""
-        source.tail += source.held
-        source.unwanted = source.held = b""
+        """End the line of a source that will write no more, or only when it is started again."""
+        self.show(source)
         if source.tail or self.open is source:
             self.feed(source, b"\n")
+        source.sgr = ""
 
     def close_line(self):
         """End the unfinished line, for the shell that comes to the front."""
-        self.queue += [b"\n"] * bool(self.open)
+        self.queue.append(self.line_end())
         self.open = None
 
 
@@ -2109,6 +2210,13 @@ def wants_colour(option, environment, terminal):
     return bool(environment.get("FORCE_COLOR")) or (terminal and environment.get("TERM") != "dumb")
 
 
+def output_filter(option, terminal):
+    """What of the processes' output is filtered; `option` is that of --color."""
+    if terminal:
+        return TERMINAL
+    return COLOURLESS if option == "never" else None
+
+
 def raise_fd_limit(needed):
     """Allow procrun `needed` file descriptors; return the limits before, for the children."""
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2154,9 +2262,7 @@ def open_children(args, types, instances):
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
     children = []
     for place, each in enumerate(instances):
-        roaming = args.pty and os.isatty(1) and each not in wanted
-        unwanted = b"|".join([COLOUR] * (args.color == "never") + [ROAMING] * roaming)
-        source = Source(each.name, colours[each.type], unwanted)
+        source = Source(each.name, colours[each.type])
         children.append(Child(place, each, source, args.pty or each in wanted))
         children[-1].open(capacity, each in wanted)
     return children, next((child for child in children if child.instance in wanted), None)
@@ -2180,7 +2286,8 @@ def cmd_start(args):
     tidy_fds()
     limits = raise_fd_limit(2 * len(instances) + 20 + len(open_fds()))
     style = Style(max([6] + [len(each.name) for each in instances]),
-                  wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix)
+                  wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix,
+                  output_filter(args.color, os.isatty(1)))
     try:
         children, attached = open_children(args, app.types, instances)
     except OSError as error:
