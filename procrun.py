@@ -805,11 +805,13 @@ TERMINAL = re.compile(r"""
       ) (?P<end> \x1b\\ | [0-~\x07\x9c\udc9c] )?
     | (?P<kept> \t+ | \x1b\[0?K | [^\0-\x9f\udc80-\udcff]+
         | [\udca0-\udcff]+ (?! [\udc80-\udcff]{0,2} \Z) | [\udca0-\udcff] )
-    | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | .""", re.VERBOSE | re.DOTALL)
+    | \r+ (?=[\r\n]) | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | .""",
+    re.VERBOSE | re.DOTALL)
 # For files and pipes under --color never, where everything else passes.
-COLOURLESS = re.compile(r"""(?P<colour>\x1b\[[0-9;:]{0,99}m)
-    | (?P<sequence>\x1b(?:\[[0-9;:]{0,99})?\Z)""", re.VERBOSE)
-UTF8 = "utf-8", "surrogateescape"    # any bytes come back as they were
+COLOURLESS = re.compile(r"""
+      (?P<colour> \x1b\[ [0-9;:]{0,99} m )
+    | (?P<sequence> \x1b (?: \[ [0-9;:]{0,99} )? \Z )""", re.VERBOSE)
+UTF8 = "utf-8", "surrogateescape"                # any bytes come back as they were
 CONTROLS = bytes({*range(32), 127} - {9, 10})    # but tab and newline
 
 
@@ -825,8 +827,8 @@ def harmless(data):
 
 
 Style = namedtuple("Style", "width colour stamp label filter")
-Style.__doc__ = """A prefix: the label's width, and whether colour, time and label are shown; and the
-filter of what processes write: TERMINAL, COLOURLESS, or None, where every byte passes."""
+Style.__doc__ = """A prefix: the label's width, and whether colour, time and label are shown; and
+the filter of what processes write: TERMINAL, COLOURLESS, or None, where every byte passes."""
 
 
 class Source:
