@@ -802,7 +802,7 @@ TERMINAL = re.compile(r"""
           [^\x07\x18\x1a\x1b\n\x80-\x9f\udc80-\udc9f]{0,4096}
         | (?: \x1b\[ (?!0?K) | \x9b ) [\0-\x09\x0b-\x17\x19\x1c-?\x7f]{0,99}    # CSI
         | \x1b (?!\[0?K) [ -/]{0,9}
-      ) (?P<end> \x1b\\ | [0-~\x07\x9c\udc9c] )?
+      ) (?P<end> [0-~] )?
     | (?P<kept> \t+ | \x1b\[0?K | [^\0-\x9f\udc80-\udcff]+
         | [\udca0-\udcff]+ (?! [\udc80-\udcff]{0,2} \Z) | [\udca0-\udcff] )
     | \r+ (?=[\r\n]) | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | .""",

@@ -2454,7 +2454,7 @@ def test_text_is_kept_whatever_its_bytes():
 def test_no_character_is_taken_for_wider_than_it_is():
     without = "".join(each for each in map(chr, range(32, 0x110000)) if "\u1160" <= each < "\u1200"
                       or unicodedata.category(each) in ("Mn", "Me", "Cf"))
-    assert b"\b" not in printed((without + "\b" * 9 + "\n").encode())
+    assert b"\b" not in printed("".join(each + "\b\r" for each in without).encode())
 
 
 P = b"\33[36ma | \33[0m"
@@ -2467,6 +2467,7 @@ P = b"\33[36ma | \33[0m"
     (b"x\33[2K-", b"x\r" + P + b"\33[K-"),
     (b"x\33[1K-", b"x\r" + P + b"\33[K-"), (b"x\33[K-", b"x\33[K-"), (b"x\33[2G-", b"x\33[6G-"),
     (b"x\33[010G-", b"x\33[14G-"), (b"x\33[9999G-", b"x\33[10003G-"), (b"xy\b\b\b\b-", b"xy\b\b-"),
+    (b"\33[999G\b\b-", b"\33[1003G-"),
     (b"\bx", b"x"), (b"xy\r\b-", b"xy\r" + P + b"-"), (b"x\t\b\b-", b"x\t\b-"),
     (b"e\xcc\x81\b\b-", b"e\xcc\x81\b-"), (b"\xe2\xa0\x8b\b\b-", b"\xe2\xa0\x8b\b-"),
 ])
@@ -2528,6 +2529,16 @@ def test_colours_alone_are_taken_out_of_a_file(data, expected):
             never = printed(*pieces, label=False, filter=procrun.COLOURLESS, show=show)
             assert never == expected
             assert printed(*pieces, label=False, filter=None, show=show) == data
+
+
+def test_a_colour_is_bounded_and_ends_with_its_process():
+    assert len(printed((RED + BOLD) * 9999 + b"\ny\n")) < 9 * 9999 + 200
+    printer = procrun.Printer(procrun.Style(1, True, False, True, procrun.TERMINAL), lambda: 0)
+    source = procrun.Source("a", "36")
+    printer.feed(source, RED + b"x")
+    printer.finish(source)
+    printer.feed(source, b"started again\n")
+    assert b"".join(printer.queue) == P + RED + b"x" + OFF + b"\n" + P + b"started again\n"
 
 
 def test_fuzz_no_prefix_is_damaged_and_no_other_line():
