@@ -866,7 +866,9 @@ class Printer:
 
     def __init__(self, style, clock):
         self.style, self.clock = style, clock
-        self.margin = (style.width + 3 + 9 * style.stamp) * style.label    # columns of a prefix
+        self.margin = 0         # columns of a prefix
+        if style.label:
+            self.margin = style.width + (12 if style.stamp else 3)
         self.queue = []
         self.open = None        # the source whose unfinished line stands at the end of the output
 
@@ -905,7 +907,7 @@ class Printer:
                 data = re.sub(rb"\n\n{9,}", b"\n", data)
         end = data.rfind(b"\n") + 1
         if end:
-            lead, tail, rest = self.lead(source), bytes(source.tail), data[end:]
+            lead, tail, rest = self.lead(source), source.tail, data[end:]
             if self.style.filter:
                 data = self.filtered(source, b"".join((tail, memoryview(data)[:end])))
                 tail = b""
@@ -922,9 +924,9 @@ class Printer:
 
         Where there is a filter, a sequence that has no end yet stays in the source's tail.
         """
-        lead, text = self.lead(source), bytes(source.tail)
+        lead, tail = self.lead(source), source.tail
         source.tail = bytearray()
-        text = self.filtered(source, text)
+        text = self.filtered(source, tail)
         if text:
             self.queue += lead, text
             self.open = source
@@ -946,9 +948,10 @@ class Printer:
         if kind == "text":
             source.column += len(found)
         elif kind == "newlines":
-            reset = "\x1b[0m" if source.sgr else ""
+            if source.sgr:
+                found = "\x1b[0m" + found
             source.begin_line()
-            found = reset + found + source.sgr
+            found += source.sgr
         elif kind == "colour" and self.style.colour:
             source.sgr = source.sgr + found if len(source.sgr) < 100 else found
             if not found.strip("\x1b[0;:m"):
