@@ -853,7 +853,7 @@ class Source:
     def begin_line(self):
         """Go to the next line.  Colours hold there, unless the last of them ended another one."""
         self.column = 0
-        if re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
+        if self.sgr and re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
             self.sgr = ""
 
 
