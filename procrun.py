@@ -849,34 +849,79 @@ def export_files(plan, instances, format):
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
 
 COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 31 34".split())
-COLOUR = rb"\x1b\[[0-9;:]*m"
-ESCAPE = rb"\x1b\[[0-?]*[ -/]*[@-~]"    # any control sequence (ECMA-48, 5.4)
-# What moves the cursor out of its line, or changes the screen or the terminal's modes.
-ROAMING = (rb"\x1b(?:\[[0-?]*[ -/]*[ABEFHJLMSTdefhlnpqrsu]|[78DEMc=>]|[()#][0-9A-Z])"
-           rb"|[\x0b\x0c\x0e\x0f]")
+
+# On a terminal a process may not leave its line, change the terminal, or make it answer.  So this
+# filter keeps what it knows and takes out everything else (ECMA-48, 5.3 to 5.6; xterm's ctlseqs).
+# It keeps whole sequences and whole characters only: what stands around something that is taken
+# out never forms a new sequence.  It reads str, decoded from UTF-8 with surrogateescape: there a
+# C1 control (U+0080 to U+009F) cannot be mistaken for a byte in the middle of a character.
+TERMINAL = re.compile(r"""
+      # Characters that surely take a column; all others are kept further down.
+      (?P<text> [ -~\xa0-\xac\xae-\u02ff\u0370-\u0482\u2010-\u2027\u2100-\u2bff\u4e00-\ua48f]+ )
+    | (?P<newlines> \n+ )
+    | (?P<colour> \x1b\[ [0-9;:]{0,99} m )
+    | (?P<start> \r (?![\r\n]|\Z) | \x1b\[ 0{0,9} 1? G | \x1b\[ [12] (?P<erase> K ) )
+    | \x1b\[ 0{0,9} (?P<column> [1-9] [0-9]{0,3} ) G
+    | (?P<back> \x08 )
+      # What lacks its end at \Z may get it with the next read.
+    | (?P<sequence> (?: \r | [\udcc2-\udcf4] [\udc80-\udcbf]{0,2} ) \Z
+        | (?: \x1b[PX\]^_] | [\x90\x98\x9d-\x9f] )                         # DCS SOS OSC PM APC
+          [^\x07\x18\x1a\x1b\n\x80-\x9f\udc80-\udc9f]{0,4096}
+        | (?: \x1b\[ (?!0?K) | \x9b ) [\0-\x09\x0b-\x17\x19\x1c-?\x7f]{0,99}    # CSI
+        | \x1b (?!\[0?K) [ -/]{0,9}
+      ) (?P<end> [0-~] )?
+    | (?P<kept> \t+ | \x1b\[0?K | [^\0-\x9f\udc80-\udcff]+
+        | [\udca0-\udcff]+ (?! [\udc80-\udcff]{0,2} \Z) | [\udca0-\udcff] )
+    | \r+ (?=[\r\n]) | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | .""",
+    re.VERBOSE | re.DOTALL)
+# For files and pipes under --color never, where everything else passes.
+COLOURLESS = re.compile(r"""
+      (?P<colour> \x1b\[ [0-9;:]{0,99} m )
+    | (?P<sequence> \x1b (?: \[ [0-9;:]{0,99} )? \Z )""", re.VERBOSE)
+UTF8 = "utf-8", "surrogateescape"                # any bytes come back as they were
+CONTROLS = bytes({*range(32), 127} - {9, 10})    # but tab and newline
 
 
-Style = namedtuple("Style", "width colour stamp label")
-Style.__doc__ = "A prefix: the label's width, and whether colour, time and label are shown."
+def harmless(data):
+    """Whether TERMINAL would keep all of these bytes as they are; quick, where it is so."""
+    if any(map(data.__contains__, CONTROLS)):
+        return False
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\xc2" not in data or not re.search(rb"\xc2[\x80-\x9f]", data)
+
+
+Style = namedtuple("Style", "width colour stamp label filter")
+Style.__doc__ = """A prefix: the label's width, and whether colour, time and label are shown; and
+the filter of what processes write: TERMINAL, COLOURLESS, or None, where every byte passes."""
 
 
 class Source:
     """One name in the output: its label, and the line that it has not finished yet."""
-    __slots__ = ("label", "colour", "second", "prefix", "tail", "unwanted", "held")
+    __slots__ = "label colour crlf second prefix tail sgr column".split()
 
-    def __init__(self, label, colour, unwanted=b""):
+    def __init__(self, label, colour, crlf=False):
         self.label, self.colour = label, colour    # str, SGR code as a str
+        self.crlf = crlf                           # whether its lines end in CR LF, as a PTY's do
         self.second, self.prefix = None, b""       # the prefix, and the second it was made for
         self.tail = bytearray()                    # of the unfinished line, what is not shown yet
-        self.unwanted = unwanted                   # a pattern of what is taken out, or b""
-        self.held = b""                            # an escape sequence that is not complete yet
+        self.sgr = ""                              # the sequences that set the line's colours
+        self.column = 0                            # how far the line goes, at least
 
-    def wanted(self, data):
-        """The data without what is unwanted; an escape sequence cut in two waits for its rest."""
-        data = self.held + data
-        cut = re.search(rb"\x1b(?:\[[0-?]{0,100}[ -/]{0,5}|[()#])?\Z", data)
-        data, self.held = (data[:cut.start()], cut[0]) if cut else (data, b"")
-        return re.sub(self.unwanted, b"", data)
+    def unix_lines(self, data):
+        """The data of a PTY with LF for CR LF, also where that was read in two."""
+        if self.tail.endswith(b"\r"):
+            self.tail.pop()
+            data = b"\r" + data
+        return data.replace(b"\r\n", b"\n")
+
+    def begin_line(self):
+        """Go to the next line.  Colours hold there, unless the last of them ended another one."""
+        self.column = 0
+        if self.sgr and re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
+            self.sgr = ""
 
 
 class Printer:
@@ -884,17 +929,15 @@ class Printer:
 
     A line of the output begins with a prefix and only its own process adds to it; an unfinished
     line is kept back until show() or until it is CHUNK long; it is ended when another one writes.
-
-    One source can be the `prompt`, which the user is typing at, on a terminal with so many
-    `columns`: its unfinished line is taken away when another one writes, and shown again after it.
     """
 
     def __init__(self, style, clock):
         self.style, self.clock = style, clock
-        self.margin = (style.width + 3 + 9 * style.stamp) * style.label    # columns of a prefix
+        self.margin = 0         # columns of a prefix
+        if style.label:
+            self.margin = style.width + (12 if style.stamp else 3)
         self.queue = []
         self.open = None        # the source whose unfinished line stands at the end of the output
-        self.prompt, self.line, self.columns = None, b"", 80    # line: what the prompt has shown
 
     def prefix(self, source):
         """The bytes in front of each line of the source, as of now."""
@@ -906,13 +949,18 @@ class Printer:
             source.second, source.prefix = now, text.encode()
         return source.prefix
 
+    def line_end(self):
+        """What ends the unfinished line at the end of the output, if there is one."""
+        if not self.open:
+            return b""
+        return b"\x1b[0m\n" if self.open.sgr else b"\n"
+
     def lead(self, source):
         """What has to come before the next byte of the source's present line."""
         if self.open is source:
             return b""
-        if self.open and self.open is self.prompt:
-            return self.wipe() + self.prefix(source)
-        return (b"\n" if self.open else b"") + self.prefix(source)
+        source.begin_line()
+        return self.line_end() + self.prefix(source) + source.sgr.encode()
 
     def feed(self, source, data):
         """Take bytes of a source: its whole lines are queued, the rest is kept.
@@ -920,57 +968,88 @@ class Printer:
         This is the hot path.  It handles chunks, not lines: one replace() puts all prefixes in,
         and the end that it put one too many on is cut off by a view, not by a copy.
         """
-        if source.unwanted:
-            data = source.wanted(data)
-        if source is self.prompt and self.style.label:
-            # Its carriage returns lead to the end of its prefix.
-            data = re.sub(rb"\r(?!\n)", b"\r\x1b[%dC" % self.margin, data)
+        if source.crlf:
+            data = source.unix_lines(data)
+            if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
+                data = re.sub(rb"\n\n{9,}", b"\n", data)
         end = data.rfind(b"\n") + 1
         if end:
-            prefix = self.prefix(source)
-            text = data.replace(b"\n", b"\n" + prefix)
-            end_of_lines = len(text) - len(prefix) - (len(data) - end)
-            self.queue += self.lead(source), bytes(source.tail), memoryview(text)[:end_of_lines]
-            self.open, source.tail = None, bytearray(data[end:])
-            if source is self.prompt:
-                self.line = b""
+            lead, tail, rest = self.lead(source), source.tail, data[end:]
+            if self.style.filter:
+                data = self.filtered(source, b"".join((tail, memoryview(data)[:end])))
+                tail = b""
+            text = data.replace(b"\n", b"\n" + self.prefix(source))
+            self.queue += lead, tail, memoryview(text)[:text.rfind(b"\n") + 1]
+            self.open, source.tail = None, bytearray(rest)
         else:
             source.tail += data
-        if len(source.tail) >= CHUNK or source is self.prompt:
+        if len(source.tail) >= CHUNK:
             self.show(source)
 
     def show(self, source):
-        """Queue the unfinished line of a source; it stays open for the source to go on with."""
-        if source.tail:
-            self.queue += self.lead(source), bytes(source.tail)
-            if source is self.prompt:
-                self.line = (self.line + source.tail)[-4096:]
-            self.open, source.tail = source, bytearray()
+        """Queue the unfinished line of a source; it stays open for the source to go on with.
+
+        Where there is a filter, a sequence that has no end yet stays in the source's tail.
+        """
+        lead, tail = self.lead(source), source.tail
+        source.tail = bytearray()
+        text = self.filtered(source, tail)
+        if text:
+            self.queue += lead, text
+            self.open = source
+
+    def filtered(self, source, data):
+        """What the style's filter makes of a source's bytes; it takes most of them as they are."""
+        if not self.style.filter:
+            return data
+        if data.endswith(b"\n") and not source.sgr and harmless(data):
+            return data
+        text = self.style.filter.sub(partial(self.answer, source), data.decode(*UTF8))
+        if self.open is not source and re.fullmatch(r"(\x1b\[[0-9;:]*m)*", text):
+            return b""    # colours alone open no line; lead() puts them in front of the next one
+        return text.encode(*UTF8)
+
+    def answer(self, source, match):
+        """What the output gets in place of a match of the filter."""
+        kind, found = match.lastgroup, match[0]
+        if kind == "text":
+            source.column += len(found)
+        elif kind == "newlines":
+            if source.sgr:
+                found = "\x1b[0m" + found
+            source.begin_line()
+            found += source.sgr
+        elif kind == "colour" and self.style.colour:
+            source.sgr = source.sgr + found if len(source.sgr) < 100 else found
+            if not found.strip("\x1b[0;:m"):
+                source.sgr = ""
+        elif kind == "start":
+            source.column = 0
+            found = "\r" + self.prefix(source).decode() + source.sgr
+            if match["erase"]:
+                found += "\x1b[K"
+        elif kind == "column":
+            source.column = 0
+            found = "\x1b[%dG" % (self.margin + int(match["column"]))
+        elif kind == "back" and source.column:
+            source.column -= 1
+        elif kind != "kept":
+            if kind == "sequence" and match.end() == len(match.string):
+                source.tail += found.encode(*UTF8)    # its rest may come
+            found = ""
+        return found
 
     def finish(self, source):
-        """End the line of a source that will write no more."""
-        source.tail += source.held
-        source.unwanted = source.held = b""
+        """End the line of a source that will write no more, or only when it is started again."""
+        self.show(source)
         if source.tail or self.open is source:
             self.feed(source, b"\n")
+        source.sgr = ""
 
     def close_line(self):
         """End the unfinished line, for the shell that comes to the front."""
-        self.queue += [b"\n"] * bool(self.open)
+        self.queue.append(self.line_end())
         self.open = None
-
-    def wipe(self):
-        """What takes the prompt's line off the terminal."""
-        text = re.sub(ESCAPE + rb"|[\0-\x0c\x0e-\x1f]", b"", self.line).decode("utf-8", "replace")
-        longest = self.margin + max(map(len, text.split("\r")))
-        rows = max(0, longest - 1) // self.columns
-        return b"\r" + b"\x1b[%dA" % rows * bool(rows) + b"\x1b[J"
-
-    def restore(self):
-        """Show the prompt again, if another one has written."""
-        if self.line and self.open is not self.prompt:
-            self.queue += b"\n" if self.open else b"", self.prefix(self.prompt), self.line
-            self.open = self.prompt
 
 
 # Shutdown: what to send, and when ----------------------------------------------------------------
@@ -1608,7 +1687,7 @@ class Supervisor:
             if port_taken(instance.port):
                 self.say("%s: port %d is already in use" % (instance.name, instance.port))
         if attached:
-            self.attached, self.printer.prompt = attached, attached.source
+            self.attached = attached
             self.keyboard = Keyboard()
             self.watch(self.keyboard.fd, self.on_keys)
         self.resize()
@@ -1628,7 +1707,6 @@ class Supervisor:
 
     def flush(self):
         """Write what is queued, as far as stdout takes it."""
-        self.printer.restore()
         self.sink.write(self.printer.queue)
         if self.sink.error and not self.lost:
             self.lost = True
@@ -1849,8 +1927,7 @@ class Supervisor:
         try:
             wide, high = os.get_terminal_size(1)
             if wide and high:    # a terminal that was never told has 0x0
-                self.printer.columns, rows = wide, high
-                columns = max(1, wide - self.printer.margin)
+                rows, columns = high, max(1, wide - self.printer.margin)
         except OSError:
             pass
         size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
@@ -2215,6 +2292,13 @@ def wants_colour(option, environment, terminal):
     return bool(environment.get("FORCE_COLOR")) or (terminal and environment.get("TERM") != "dumb")
 
 
+def output_filter(option, terminal):
+    """What of the processes' output is filtered; `option` is that of --color."""
+    if terminal:
+        return TERMINAL
+    return COLOURLESS if option == "never" else None
+
+
 def raise_fd_limit(needed):
     """Allow procrun `needed` file descriptors; return the limits before, for the children."""
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2260,9 +2344,7 @@ def open_children(args, types, instances):
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
     children = []
     for place, each in enumerate(instances):
-        roaming = args.pty and os.isatty(1) and each not in wanted
-        unwanted = b"|".join([COLOUR] * (args.color == "never") + [ROAMING] * roaming)
-        source = Source(each.name, colours[each.type], unwanted)
+        source = Source(each.name, colours[each.type])
         children.append(Child(place, each, source, args.pty or each in wanted))
         children[-1].open(capacity, each in wanted)
     return children, next((child for child in children if child.instance in wanted), None)
@@ -2286,7 +2368,8 @@ def cmd_start(args):
     tidy_fds()
     limits = raise_fd_limit(2 * len(instances) + 20 + len(open_fds()))
     style = Style(max([6] + [len(each.name) for each in instances]),
-                  wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix)
+                  wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix,
+                  output_filter(args.color, os.isatty(1)))
     try:
         children, attached = open_children(args, app.types, instances)
     except OSError as error:

@@ -37,6 +37,7 @@ import tempfile
 import termios
 import time
 import traceback
+import unicodedata
 import uuid
 
 try:
@@ -2415,6 +2416,242 @@ def test_everything_is_written_as_soon_as_it_is_there(tmp_path, sink):
             see(b"terminated by SIGTERM\n")
 
 
+# -- what a terminal gets
+
+def printed(*pieces, label=True, filter=procrun.TERMINAL, crlf=False, show=False, others=False):
+    """What the pieces that a process writes become; `show`: each is shown before the next one is
+    there; `others`: and another process writes a line then."""
+    colour = filter is not procrun.COLOURLESS
+    printer = procrun.Printer(procrun.Style(1, colour, False, label, filter), lambda: 0)
+    source, other = procrun.Source("a", "36", crlf), procrun.Source("b", "33")
+    for piece in pieces:
+        printer.feed(source, piece)
+        if show:
+            printer.show(source)
+        if others:
+            printer.feed(other, b"other\n")
+    printer.finish(source)
+    return b"".join(printer.queue)
+
+
+def cuts(data):
+    """The data in two at every place, and in single bytes."""
+    yield from ((data[:place], data[place:]) for place in range(len(data) + 1))
+    yield [data[place:place + 1] for place in range(len(data))]
+
+
+class Played:
+    """The output as a terminal 80 columns wide shows it: `rows` of text, and the `colours` (SGR)
+    in which each character of them stands.  It knows what may pass, and that is all it knows."""
+
+    KNOWN = re.compile(
+        "(?P<put>[^\0-\x1f\x7f-\x9f\udc80-\udc9f])|(?P<newline>\n)|(?P<start>\r)|(?P<back>\b)"
+        r"|(?P<tab>\t)|\x1b\[0?(?P<erase>K)|\x1b\[(?P<column>\d+)G|(?P<colour>\x1b\[[\d;:]*m)")
+
+    def __init__(self, output):
+        text, place, sgr = output.decode("utf-8", "surrogateescape"), 0, ""
+        cells, at, self.lines = [[]], 0, [0]
+        while place < len(text):
+            token = self.KNOWN.match(text, place)
+            assert token, (text[place:place + 9], output)
+            kind, found, place, row = token.lastgroup, token[0], token.end(), cells[-1]
+            if kind == "put" and unicodedata.category(found) not in ("Mn", "Me", "Cf"):
+                if at == 80:
+                    cells.append([])
+                    row, at = cells[-1], 0
+                row += [(" ", "")] * (at + 1 - len(row))
+                row[at], at = (found, sgr), at + 1
+            elif kind == "newline":
+                assert not sgr, ("a colour meets others", output)
+                self.lines.append(len(cells))    # which row it is
+                cells.append([])
+                at = 0
+            elif kind == "start":
+                at = 0
+            elif kind == "back":
+                at = max(0, min(at, 79) - 1)
+            elif kind == "tab":
+                at = min(79, at // 8 * 8 + 8)
+            elif kind == "erase":
+                del row[at:]
+            elif kind == "column":
+                at = min(80, int(token["column"])) - 1
+            elif kind == "colour":
+                sgr = sgr + found if found.strip("\x1b[0;m") else ""
+        self.rows = ["".join(cell[0] for cell in row).rstrip() for row in cells]
+        self.colours = [[cell[1] for cell in row] for row in cells]
+
+
+TAKEN_OUT = [    # each is the terminal's or another process's business
+    # the screen and the cursor
+    b"\33c", b"\33[2J", b"\33[3J", b"\33[J", b"\33[H", b"\33[1;1H", b"\33[5;5f", b"\33[A",
+    b"\33[2B", b"\33[9C", b"\33[9D", b"\33[E", b"\33[F", b"\33[5d", b"\33[5`", b"\33[L", b"\33[M",
+    b"\33[2S", b"\33[T", b"\33[2;5r", b"\33[s", b"\33[u", b"\0337", b"\0338", b"\33D", b"\33E",
+    b"\33M", b"\33H", b"\33[g", b"\33#8", b"\33[2$z", b"\33[1;1;9;9$r", b"\33[99999G",
+    b"\33[5;5G", b"\33[?2K", b"\33[3b", b"\33[>4;2m", b"\33[?4m",
+    # modes, character sets, the keyboard
+    b"\33[?25l", b"\33[?1049h", b"\33[4h", b"\33[20l", b"\33=", b"\33>", b"\33[!p", b"\33[2 q",
+    b"\33[>1u", b"\33(0", b"\33)B", b"\33*A", b"\33-A", b"\33%G", b"\33%@", b"\33 F", b"\33n",
+    b"\33o", b"\33|", b"\33}", b"\33~", b"\33N", b"\33O", b"\x0e", b"\x0f", b"\x0b", b"\x0c",
+    b"\0", b"\7", b"\x18", b"\x1a", b"\x7f", b"\21\23",
+    # questions, and strings by their three ends
+    b"\5", b"\33[c", b"\33[>c", b"\33[=c", b"\33[6n", b"\33[?6n", b"\33[5n", b"\33[18t",
+    b"\33[21t", b"\33[?1$p", b"\33[x", b"\33Z", b"\33]11;?\7", b"\33]11;?\33\\",
+    b"\33]4;1;?\xc2\x9c", b"\33]52;c;?\x9c", b"\33P+q544e\33\\", b"\33P$qm\33\\",
+    b"\33_Gi=1\33\\", b"\33^pm\33\\", b"\33Xsos\33\\", b"\33]0;title \xd0\x9b\xc3\xa9\7",
+    # eight-bit controls, as UTF-8 and as they are
+    b"\xc2\x9b2J", b"\xc2\x9b6n", b"\xc2\x9d0;title\7", b"\xc2\x90$qm\xc2\x9c",
+    b"\xc2\x9fapc\xc2\x9c", b"\xc2\x84", b"\xc2\x85", b"\xc2\x8d", b"\xc2\x9a", b"\xc2\x9c",
+    b"\x84", b"\x85", b"\x8d", b"\x9a", b"\x9c",
+    # controls within a sequence, sequences without an end
+    b"\33[2\0J", b"\33[\0002J", b"\33[2\x7fJ", b"\33[2\r\x08J", b"\33[" + b"1;" * 40 + b"H",
+    b"\33[2\33[2J", b"\33\33[2J", b"\33[2\x18", b"\33]0;x\x18", b"\33]0;x\33[2J",
+    b"\33Pq\33]0;x\7",
+]
+
+
+@pytest.mark.parametrize("sequence", TAKEN_OUT)
+def test_what_is_not_known_is_taken_out(sequence):
+    for data in b"x" + sequence + b"y\n", b"x" + sequence + b"\n" + b"y\n":
+        expected = data.replace(sequence, b"")
+        assert printed(data, label=False) == expected
+        for pieces in cuts(data):
+            assert printed(*pieces, label=False) == expected
+            assert Played(printed(*pieces, label=False, show=True)).rows == Played(expected).rows
+
+
+@pytest.mark.parametrize("data, rest", [    # what is taken out builds nothing, and has an end
+    (b"\33[\33[2J2J", b"2J"), (b"\33\33[2J[2J", b"[2J"), (b"\xc2\33[2J\x9b2J", b"\xc22J"),
+    (b"\x9b2J", b"2J"), (b"\33]0;\33]0;a\7b\7", b"b"), (b"\33\7[2J", b"[2J"),
+    (b"\33[2\33\\J", b"J"),
+    (b"\xe2\x80\33[m\x9b2J", b"\xe2\33[m2J"), (b"\33]0;never closed", b""),
+    (b"\33]" + b"x" * 5000, b"x" * 903), (b"\33[" + b"1" * 120 + b"m", b"1" * 20 + b"m"),
+    (b"\33[", b""), (b"\33", b""), (b"\33]", b""), (b"\33(", b""), (b"\xc2", b"\xc2"),
+    (b"\xf0\x9f", b"\xf0"), (b"\xe9", b"\xe9"),
+])
+def test_what_is_left_when_a_sequence_is_taken_out(data, rest):
+    assert printed(b"x" + data + b"\ny\n", label=False) == b"x" + rest + b"\ny\n"
+
+
+def test_text_is_kept_whatever_its_bytes():
+    numbers = [*range(32, 127), *range(160, 0xd800), *range(0xe000, 0x110000)]
+    latin = bytes(range(160, 256))
+    every = "".join(map(chr, numbers)).encode()
+    for data in every, latin, latin * 2 + b"a", "\t\u200d\u0301\u05d0\u00e9".encode() + latin:
+        assert printed(b"\r" + data + b"\n", label=False) == b"\r" + data + b"\n"
+    for pieces in cuts("aß\u00c2\u2028\u0e33\U0001f600\U0010ffff\n".encode()):
+        assert printed(*pieces, label=False, show=True) == b"".join(pieces)
+
+
+def test_no_character_is_taken_for_wider_than_it_is():
+    without = "".join(each for each in map(chr, range(32, 0x110000)) if "\u1160" <= each < "\u1200"
+                      or unicodedata.category(each) in ("Mn", "Me", "Cf"))
+    assert b"\b" not in printed("".join(each + "\b\r" for each in without).encode())
+
+
+P = b"\33[36ma | \33[0m"
+
+
+@pytest.mark.parametrize("data, line", [    # each line of the process begins behind its prefix
+    (b"10 %\r20 %", b"10 %\r" + P + b"20 %"), (b"x\r\r\r\r", b"x"), (b"\rx", b"\r" + P + b"x"),
+    (b"x\r\r-", b"x\r" + P + b"-"), (b"x\33[1G-", b"x\r" + P + b"-"),
+    (b"x\33[G-", b"x\r" + P + b"-"), (b"x\33[0G-", b"x\r" + P + b"-"),
+    (b"x\33[2K-", b"x\r" + P + b"\33[K-"),
+    (b"x\33[1K-", b"x\r" + P + b"\33[K-"), (b"x\33[K-", b"x\33[K-"), (b"x\33[2G-", b"x\33[6G-"),
+    (b"x\33[010G-", b"x\33[14G-"), (b"x\33[9999G-", b"x\33[10003G-"), (b"xy\b\b\b\b-", b"xy\b\b-"),
+    (b"\33[999G\b\b-", b"\33[1003G-"),
+    (b"\bx", b"x"), (b"xy\r\b-", b"xy\r" + P + b"-"), (b"x\t\b\b-", b"x\t\b-"),
+    (b"e\xcc\x81\b\b-", b"e\xcc\x81\b-"), (b"\xe2\xa0\x8b\b\b-", b"\xe2\xa0\x8b\b-"),
+])
+def test_the_start_of_a_line_is_behind_its_prefix(data, line):
+    assert printed(data + b"\n") == printed(data + b"\r\r\n", crlf=True) == P + line + b"\n"
+    assert printed(b"z\n" + data + b"\nz\n") == P + b"z\n" + P + line + b"\n" + P + b"z\n"
+    for pieces in cuts(data + b"\n"):
+        assert Played(printed(*pieces, show=True)).rows == Played(P + line + b"\n").rows
+    assert printed(data + b"\n", filter=None) == P + data + b"\n"
+
+
+RED, BOLD, OFF = b"\33[31m", b"\33[1m", b"\33[0m"
+
+
+@pytest.mark.parametrize("data, lines", [
+    (RED + b"x\ny" + OFF + b"\nz\n", [RED + b"x" + OFF, RED + b"y" + OFF, b"z"]),
+    (b"x" + RED + BOLD + b"\n\ny\n", [b"x" + RED + BOLD + OFF, b"", RED + BOLD + b"y" + OFF]),
+    (RED + b"x\33[39m\ny\n", [RED + b"x\33[39m" + OFF, b"y"]),
+    (RED + b"x\33[m\ny\n", [RED + b"x\33[m", b"y"]),
+    (RED + b"x\ry\n", [RED + b"x\r" + P + RED + b"y" + OFF]),
+    (b"x\n" + OFF, [b"x"]),
+])
+def test_a_colour_holds_on_the_lines_of_its_process(data, lines):
+    expected = b"".join(P + line + b"\n" for line in lines)
+    assert printed(data) == expected
+    colours = Played(expected).colours
+    for pieces in cuts(data):
+        for show in False, True:
+            assert Played(printed(*pieces, show=show)).colours == colours
+
+
+@pytest.mark.parametrize("data, expected", [
+    (b"a\r\nb\r\n", b"a\nb\n"), (b"a\r\r\n", b"a\r\n"), (b"a\rb\r\n\r\n", b"a\rb\n\n"),
+    (b"\33[2Ja" + b"\r\n" * 30, b"\33[2Ja" + b"\n" * 30),
+])
+def test_a_pty_ends_its_lines_in_cr_lf(data, expected):
+    for pieces in cuts(data):
+        assert printed(*pieces, crlf=True, label=False, filter=None) == expected
+        assert printed(*pieces, label=False, filter=None) == data
+    shown = printed(b"50 %\r", b"99 %\r", crlf=True, show=True, filter=None)
+    assert shown == P + b"50 %\r99 %\r\n"
+
+
+def test_newlines_that_push_the_screen_away():
+    data = b"\r\n" * 23 + b"\33[1;1H\33[0Jready\r\n"    # as vite does on a screen of 24 rows
+    assert printed(b"x\r\n" + data, crlf=True) == P + b"x\n" + P + b"ready\n"
+    assert printed(b"x\r\n", data, crlf=True) == P + b"x\n" + P + b"\n" + P + b"ready\n"
+    assert printed(b"x" + b"\r\n" * 9, crlf=True) == P + b"x\n" + (P + b"\n") * 8
+    assert printed(b"x" + b"\n" * 23) == P + b"x\n" + (P + b"\n") * 22
+
+
+@pytest.mark.parametrize("data, expected", [
+    (RED + b"r\33[m\33[1;38:5:9mb" + OFF + b"\n", b"rb\n"),
+    (b"\33[\33[2J\33]0;\7\r\b\xff\33[?1m\n",) * 2,
+])
+def test_colours_alone_are_taken_out_of_a_file(data, expected):
+    for pieces in cuts(data):
+        for show in False, True:
+            never = printed(*pieces, label=False, filter=procrun.COLOURLESS, show=show)
+            assert never == expected
+            assert printed(*pieces, label=False, filter=None, show=show) == data
+
+
+def test_a_colour_is_bounded_and_ends_with_its_process():
+    assert len(printed((RED + BOLD) * 9999 + b"\ny\n")) < 9 * 9999 + 200
+    printer = procrun.Printer(procrun.Style(1, True, False, True, procrun.TERMINAL), lambda: 0)
+    source = procrun.Source("a", "36")
+    printer.feed(source, RED + b"x")
+    printer.finish(source)
+    printer.feed(source, b"started again\n")
+    assert b"".join(printer.queue) == P + RED + b"x" + OFF + b"\n" + P + b"started again\n"
+
+
+def test_fuzz_no_prefix_is_damaged_and_no_other_line():
+    parts = [*TAKEN_OUT, *(bytes([each]) for each in range(256)), b"\33", b"\33[", b"\33]",
+             b"\33[2K", b"\33[G", b"\33[7G", RED, OFF, b"\33[1;41m", b"text", b"\b\b\b",
+             "ж⠋\u0301".encode(), b"x" * 90]
+    for seed in range(4000 if LONG else 400):
+        chance, crlf = random.Random(seed), seed % 2 == 1
+        data = b"".join(chance.choices(parts, k=30)) + b"\n"
+        places = sorted(chance.choices(range(len(data)), k=5))
+        pieces = [data[start:end] for start, end in zip([0, *places], [*places, len(data)])]
+        whole = printed(data, crlf=crlf)
+        assert printed(*pieces, crlf=crlf) == whole
+        assert Played(printed(*pieces, crlf=crlf, show=True)).rows == Played(whole).rows
+        mixed = Played(printed(*pieces, crlf=crlf, show=True, others=True))
+        begins = [mixed.rows[row] for row in mixed.lines[:-1]]
+        assert begins.count("b | other") == 6
+        assert all(row.startswith(("a |", "b |")) for row in begins) and not mixed.rows[-1]
+
+
+
 # What a process gets -----------------------------------------------------------------------------
 
 PROBE = r"""
@@ -3959,24 +4196,39 @@ def test_color_never_takes_colours_out(tmp_path, args, expected):
 
 @needs_tmux
 def test_who_clears_the_screen_takes_nothing_from_others(tmp_path):
-    app = procfile(tmp_path, "worker: echo kept; sleep 300\nweb: " + UNTIL_THERE % "go"
-                   + r"printf '\033[H\033[2J\033[3J\033[1A\033[2K\033cone\n"
-                   + r"two\r\033[K3\n'; cat" + "\n")
-    with Screen(app) as screen:
-        screen.start("--pty")
-        screen.shows(r"worker\.1 \| kept$")
-        app.joinpath("go").touch()
-        screen.shows(r"one\n3$")
-        screen.shows(r"worker\.1 \| kept$")
-        screen.type("", "C-c")
-        screen.shows(SHELL)
+    """On a real terminal, which would type its answers into the shell; by a pipe and by a PTY."""
+    lines = [b"<%d" % n + sequence + b">" for n, sequence in enumerate(TAKEN_OUT)]
+    tmp_path.joinpath("taken").write_bytes(b"".join(line + b"\n" for line in lines))
+    app = procfile(tmp_path, "a: echo kept; printf kept; cat\nb: " + UNTIL_THERE % "go"
+                   + "cat taken; printf 'one\\r\\033[Ktwo\\b\\b\\b\\bT\\033[2K\\rthree"
+                   "\\033[1Gt\\033[9GX\\b\\b\\b!\\n'; cat\n")
+    for options in [], ["--pty"]:
+        with Screen(app) as screen:
+            screen.start("--no-timestamp", *options)
+            screen.shows(r"^a\.1    \| kept\n(.*\n)*a\.1    \| kept$")
+            app.joinpath("go").touch()
+            screen.shows(r"^b\.1    \| three   !$")
+            screen.type("", "C-c")
+            screen.shows(SHELL)
+            shown = screen.text("-S", "-")
+            assert re.findall(r"^b\.1    \| (<\d+.*)$", shown, re.MULTILINE) == [
+                "<%d>" % n for n in range(len(TAKEN_OUT))]
+            assert len(re.findall(r"^a\.1    \| kept$", shown, re.MULTILINE)) == 2
+            assert all(re.match(r"a\.1    \| |b\.1    \| |(\^C)?system \| ", line)
+                       for line in shown.split("\n")[1:-1])
+        app.joinpath("go").unlink()
 
 
-def test_what_changes_the_line_or_the_modes_is_taken_out(tmp_path):
-    app = procfile(tmp_path, "web: printf 'a\\013b\\014c\\033=d\\033>e\\033[!pf\\033[2 qg\\016h"
-                             "\\017i\\033[?25lj\\033[31mk\\n'; cat\n")
-    with Terminal(app, "start", "--pty") as run:
-        run.expect(rb"\| abcdefghij\x1b\[31mk$")
+@pytest.mark.parametrize("options", [["--color", "always"], [], ["--pty", "--color", "never"]])
+def test_what_changes_the_line_or_the_modes_is_taken_out(tmp_path, options):
+    app = procfile(tmp_path, "web: printf '\\033[?25l\\033]0;title\\007a\\033[31mb\\nc\\n'; cat\n")
+    with Terminal(app, "start", "--no-timestamp", *options) as run:    # NO_COLOR is set there
+        if options == ["--color", "always"]:
+            run.expect(rb"\| \x1b\[0ma\x1b\[31mb\x1b\[0m$")
+            run.expect(rb"\| \x1b\[0m\x1b\[31mc\x1b\[0m$")
+        else:
+            run.expect(rb"\| ab$")
+            run.expect(rb"\| c$")
         run.type(b"\x03")
 
 
@@ -4009,39 +4261,6 @@ def test_one_instance_of_several_is_attached(tmp_path):
         run.type(b"\x1c")
         assert run.wait() == 131
         assert len(re.findall(rb" got ", run.output)) == 1
-
-
-def test_a_prompt_appears_at_once(tmp_path):
-    app = procfile(tmp_path, "web: echo up; while read x; do printf \"prompt $x\"; done\n")
-    with Terminal(app, "start", "--attach", "web") as run:
-        run.expect(rb"\| up$")
-        delays = []
-        for n in range(5):
-            began = time.monotonic()
-            run.type(b"%d\r" % n)
-            run.expect(rb"prompt %d" % n)
-            delays.append(time.monotonic() - began)
-        assert min(delays) < 0.15    # others' unfinished lines wait for 0.2 s
-        run.type(b"\x04\x04")
-        assert run.wait() == 0
-
-
-def test_foreign_lines_do_not_break_the_prompt(tmp_path):
-    app = procfile(tmp_path, "web: printf 'name? '; read name; echo hello $name; sleep 300\n"
-                             "worker: for i in 1 2 3; do " + UNTIL_THERE % "go$i" + "echo foreign $i;"
-                             " done; sleep 300\n")
-    with Terminal(app, "start", "--attach", "web") as run:
-        run.expect(rb"\| name\? ")
-        for n, typed in enumerate((b"b", b"bo", b"bob"), 1):
-            run.type(typed[-1:])
-            run.expect(rb"\| name\? " + typed + rb"\Z")
-            app.joinpath("go%d" % n).touch()
-            run.expect(rb"\| foreign %d\n[^\n]*web\.1 +\| name\? " % n + typed + rb"\Z")
-        run.type(b"\r")
-        run.expect(rb"\| hello bob$")
-        run.type(b"\x03\x03")
-        assert run.wait() == 130
-        assert len(re.findall(rb"worker\.1 +\| foreign \d$", run.output, re.MULTILINE)) == 3
 
 
 def test_a_long_paste_arrives_whole(tmp_path):
@@ -4132,28 +4351,6 @@ def test_ctrl_z_stops_all_and_sigcont_goes_on(tmp_path):
         app.joinpath("go").touch()
         assert run.wait() == 0
         assert run.modes() == run.before
-
-
-@needs_tmux
-def test_fg_continues_after_ctrl_z(tmp_path):
-    app = procfile(tmp_path, "web: while printf 'say '; read x; do echo got $x; stty size; done\n"
-                             "worker: sleep 300\n")
-    with Screen(app) as screen:
-        screen.start("--attach", "web")
-        screen.shows(r"web\.1 +\| say\Z")
-        screen.type("two wor")
-        screen.shows(r"web\.1 +\| say two wor\Z")
-        screen.type("", "C-z")
-        screen.shows(r"Stopped(.*\n)*" + SHELL)
-        screen.type("echo typed blindly", "Enter")
-        screen.shows(r"^[$#] echo typed blindly\ntyped blindly\n" + SHELL)
-        screen.tmux("resize-window", "-x", "100", "-y", "30")
-        screen.type("fg", "Enter")
-        screen.shows(r"web\.1 +\| say two wor\Z")
-        screen.type("ds", "Enter")
-        screen.shows(r"web\.1 +\| got two words\n.*web\.1 +\| 30 80\n.*web\.1 +\| say\Z")
-        screen.type("", "C-d")
-        screen.shows(r"exited with code 0\n(.*\n)*" + SHELL)
 
 
 WAYS_OUT = {    # how it ends -> (keys, signal to procrun, exit status)
@@ -4346,65 +4543,6 @@ def test_attach_errors_are_one_line(tmp_path, args, word):
     with Run(procfile(tmp_path, "web: sleep 300\n"), "start", *args, **ALONE) as run:
         assert run.wait() in (1, 2)
         assert re.fullmatch(rb"procrun: [^\n]*" + word + rb"[^\n]*\n", run.output)
-
-
-SHOP = """
-def total(prices):
-    result = 0
-    for price in prices:
-        breakpoint()
-        result += price
-    return result
-
-print("total", total([2, 40]))
-"""
-
-
-@needs_tmux
-def test_a_debugger_is_stepped_through(tmp_path):
-    pytest.importorskip("readline")
-    tmp_path.joinpath("shop.py").write_text(SHOP)
-    app = procfile(tmp_path, "web: '%s' shop.py\n" % sys.executable
-                   + "worker: n=0; while :; do until [ -e job$n ]; do sleep 0.02; done;"
-                     " echo job $n is done; n=$((n+1)); done\n")
-    with Screen(app) as screen:
-        screen.start("--attach", "web", "--can-die", "web", "--color", "always")
-        prompt = r"^[\d:]{8} web\.1    \| \(Pdb\)"
-        screen.shows(prompt + r"\Z")
-        assert re.search(r"\x1b\[36m[\d:]{8} web\.1    \| \x1b\[(0|39)m\(Pdb\)", screen.text("-e"))
-        if "-> breakpoint()" in screen.text():    # Python 3.13 stops at the call itself
-            screen.type("n", "Enter")
-        screen.shows(r"web\.1    \| -> result \+= price\n" + prompt + r"\Z")
-        screen.type("p price * 1111", "Enter")
-        screen.shows(r"\| 2222\n" + prompt + r"\Z")
-        # History, and editing in the middle of the line.
-        screen.type("", "Up")
-        screen.shows(prompt + r" p price \* 1111\Z")
-        screen.type("", "Left", "Left", "BSpace", "9")
-        screen.shows(prompt + r" p price \* 1911\Z")
-        assert screen.tmux("display-message", "-p", "#{cursor_x}").strip() == "38"
-        # Others go on printing, above the line that is being typed.
-        app.joinpath("job0").touch()
-        screen.shows(r"worker\.1 \| job 0 is done\n" + prompt + r" p price \* 1911\Z")
-        assert screen.tmux("display-message", "-p", "#{cursor_x}").strip() == "38"
-        screen.type("", "Home", "Right", "Right")
-        screen.type("-", "End", "7", "Enter")
-        screen.shows(prompt + r" p -price \* 19117\n.*\| -38234\n" + prompt + r"\Z")
-        screen.type("", "Up", "Up")
-        screen.shows(prompt + r" p price \* 1111\Z")
-        app.joinpath("job1").touch()
-        screen.shows(r"job 1 is done\n" + prompt + r" p price \* 1111\Z")
-        screen.type("", "Down", "C-a", "C-k")
-        screen.type("n", "Enter")
-        screen.shows(r"-> for price in prices:\n" + prompt + r"\Z")
-        screen.type("p result", "Enter")
-        screen.shows(r"\| 2\n" + prompt + r"\Z")
-        screen.type("c", "Enter")
-        screen.shows(r"-> (result \+= price|breakpoint\(\))\n" + prompt + r"\Z")
-        screen.type("c", "Enter")
-        screen.shows(r"web\.1    \| total 42\n.*web\.1    \| exited with code 0\Z")
-        screen.type("", "C-\\")
-        screen.shows(SHELL)
 
 
 # -- what a person expects
