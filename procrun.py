@@ -418,8 +418,6 @@ def selected(names, instances, option):
 
 
 # Export: instances -> files ----------------------------------------------------------------------
-#
-# Text is str here, decoded from UTF-8 with surrogateescape, so that any byte comes back as it was.
 
 File = namedtuple("File", "path mode text")
 File.__doc__ = "A file to be written: its path below the location, its permission bits, its text."
@@ -432,80 +430,83 @@ more; the text of the first comment; the variables that all instances share (str
 process types, {type: concurrency} and the base port; the options --image and --user-units; and the
 absolute path of the location."""
 
-NO_TEXT = "[\0-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef%s]" % "".join(
-    chr(plane + last) for plane in range(0, 0x110000, 0x10000) for last in (0xfffe, 0xffff))
-FORWARD = """trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
+FORWARD = """trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
+CHILDREN = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
+            "elif [ /proc/$pid/exe -ef /bin/sh ]; "
+            "then read -r others </proc/$pid/task/$pid/children; fi; ")
 
 
-def as_str(text):
-    """Bytes as the str that an export works with."""
-    return text.decode("utf-8", "surrogateescape")
+def is_text(text):
+    """Whether any format can hold this str: neither control characters but tab and newline, nor
+    bytes that are not UTF-8 (surrogates), nor noncharacters (Unicode 23.7; systemd refuses them).
+    """
+    return (not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef]", text)
+            and all(ord(char) & 0xfffe != 0xfffe for char in text))
+
+
+def exportable(what, data):
+    """Return bytes as str; raises Failure, which says `what` it is, if no format can hold them, or
+    no Linux can pass them to a process (execve(2): 128 KiB a string)."""
+    text = data.decode("utf-8", "surrogateescape")
+    if not is_text(text) or len(data) >= 127 << 10:
+        raise Failure("%s cannot be exported: it has control characters, is not UTF-8, or is "
+                      "longer than 127 KiB" % what)
+    return text
 
 
 def shell_quote(text):
     """The text as one word of a shell."""
+    if re.fullmatch(r"(?a)[\w%+,./:=@-]+", text):
+        return text
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-def escaped(what, text):
-    r"""The text with \0ooo for each byte that some format might alter: `printf %b` turns it back.
-
-    Raises Failure that names `what` it is, if Linux would not take it any more (execve(2))."""
-    data = text.encode("utf-8", "surrogateescape")
-    bare = data.rstrip(b" ")
-    text = re.sub(rb"[^A-Za-z0-9_ ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]), bare)
-    text += b"\\0040" * (len(data) - len(bare))
-    if len(text) > 130000:
-        raise Failure("%s cannot be carried: escaped, it is too long" % what)
-    return text.decode()
+def stays(text):
+    """Whether the shell that runs this text outlives what it runs; see shell_text()."""
+    return text.startswith(TRAP.decode())
 
 
-def is_text(value):
-    """Whether the value is valid UTF-8 without control characters and noncharacters (Unicode 23.7;
-    systemd and XML refuse those), so that any format takes it."""
-    return not re.search(NO_TEXT, value)
-
-
-def carried(variables, fits):
-    """Return (variables, shell text): those whose values do not fit escaped, and how to undo that.
-
-    So no value need be altered or refused, nor come to stand in a command line.
-    """
-    odd = [name for name, value in variables.items() if not fits(value)]
-    return ({**variables, **{name: escaped("the value of " + name, variables[name])
-                             for name in odd}}, "".join(
-        '{0}=$(printf %b_ "${0}"); {0}=${{{0}%_}}; '.format(name) for name in odd))
-
-
-def portable(command):
-    """The command as text that any format takes."""
-    if is_text(command):
-        return command
-    return 'eval "$(printf %%b %s)"' % shell_quote(escaped("a command", command))
-
-
-def forwarded(command):
-    """Shell text of the command where the manager sends SIGTERM to the leader alone.
+def forwarded(text):
+    """Shell text in place of `text` where the manager sends SIGTERM to the leader alone.
 
     A shell acts upon a signal at once only while it waits for a background job; that job has
     SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
     """
-    text = as_str(shell_text(command.encode("utf-8", "surrogateescape")))
-    if not text.startswith(as_str(TRAP)):
+    if not stays(text):
         return text
     return "%sexec /bin/sh -c %s) & wait $!" % (FORWARD, shell_quote(text))
 
 
-def fields(plan, each, **others):
+def stop_leader(text):
+    """Shell text that sends SIGTERM to $pid, the leader of an instance that runs `text`.
+
+    A leader that is a shell that stays, and has not been replaced by an exec within the text, only
+    waits for its children: they get SIGTERM, too, or its group where /proc does not tell them.
+    """
+    if stays(text):
+        return CHILDREN + "kill -TERM $pid $others"
+    return "kill -TERM $pid"
+
+
+def template_values(plan, each, **others):
     """What the templates of the formats are filled with, for one instance."""
     log = "%s/%s.log" % (plan.log, each.dashed) if plan.log else ""
     return {**plan._asdict(), **each._asdict(), "name": each.name, "log": log,
             "job": "%s-%s" % (plan.app, each.dashed), **others}
 
 
-def own_variables(variables, each):
+def own_variables(plan, each):
     """The variables (str to str) with those of the instance."""
-    return {**variables, "PORT": str(each.port), "PS": each.name}
+    return {**plan.variables, "PORT": str(each.port), "PS": each.name}
+
+
+def shell_variables(plan, each):
+    """Shell text that sets an instance's environment; HOME, USER and LOGNAME are the user's unless
+    the app has its own.  It is the shell that looks for ~USER, where and when the app starts."""
+    lines = ["HOME=~{0} USER={0} LOGNAME={0}; export HOME USER LOGNAME".format(plan.user)]
+    for name, value in own_variables(plan, each).items():
+        lines.append("export %s=%s" % (name, shell_quote(value)))
+    return "\n".join(lines) + "\n"
 
 
 UPSTART = """# %(mark)s
@@ -538,12 +539,13 @@ def export_upstart(plan, instances):
     a line `end script`; and a script of more lines than one is passed by a pipe, not in argv.
     """
     for each in instances:
-        values = fields(plan, each, chdir=upstart_word(plan.root), gid=upstart_word(plan.group))
-        lines = ["export %s=%s" % (name, shell_quote(value))
-                 for name, value in own_variables(plan.variables, each).items()]
-        lines += ["exec >>%s 2>&1" % shell_quote(values["log"])] * bool(plan.log)
-        lines += ["exec /bin/sh -c " + shell_quote(as_str(shell_text(each.command.encode("utf-8", "surrogateescape"))))]
-        script = re.sub(r"(?m)^([ \t\r]*end)(?=[ \t\r]+script)", r"\1''", "\n".join(lines))
+        values = template_values(plan, each, chdir=upstart_word(plan.root),
+                                 gid=upstart_word(plan.group))
+        script = shell_variables(plan, each)
+        if plan.log:
+            script += "exec >>%s 2>&1\n" % shell_quote(values["log"])
+        script += "exec /bin/sh -c " + shell_quote(each.command)
+        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
         yield File(values["job"] + ".conf", 0o600, UPSTART % dict(values, script=script))
     for name in dict.fromkeys(each.type for each in instances):
         yield File("%s-%s.conf" % (plan.app, name), 0o644, "# %s\nstart on starting %s\n"
@@ -556,7 +558,7 @@ SYSTEMD = """# %(mark)s
 [Unit]
 Description=%(app)s %(name)s
 PartOf=%(app)s-%(type)s.target
-After=network.target
+After=network.target %(app)s-%(type)s.target
 StartLimitIntervalSec=0
 
 [Service]
@@ -564,12 +566,17 @@ StartLimitIntervalSec=0
 EnvironmentFile=%(location)s/%(app)s.env
 Environment=PORT=%(port)d PS=%(name)s
 ExecStart=/bin/sh -c %(word)s
+# First the leader; what is left then gets SIGTERM, the same time again, and SIGKILL.
+ExecStop=/bin/sh -c %(stop)s
 Restart=always
 RestartSec=1
-KillMode=mixed
 TimeoutStopSec=%(grace)d
 SuccessExitStatus=143
+SyslogIdentifier=%(job)s
 %(output)s"""
+# The PATH is the app's; MAINPID is empty if the leader ended by itself.
+SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$pid" ] || exit 0; '
+                "%s; while kill -0 $pid; do sleep 0.1; done")
 
 
 def systemd_word(text):
@@ -586,23 +593,23 @@ def systemd_target(plan, name, wants, more):
 def export_systemd(plan, instances):
     """A service for each instance, a target for each process type, one for the app, and one
     environment file (systemd.exec(5) has its quoting): Environment= would show its values on the
-    bus; PORT and PS are no secrets."""
-    variables, prelude = carried(plan.variables,
-                                 lambda value: is_text(re.sub("[\t\n]", "", value)))
+    bus; PORT and PS are no secrets.  By After=, a target has stopped when its units have."""
     yield File(plan.app + ".env", 0o600, "# %s\n" % plan.mark + "".join(
         '%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value))
-        for name, value in variables.items()))
-    doubled = plan._replace(**{name: getattr(plan, name).replace("%", "%%")
-                               for name in ("root", "log", "location")})
+        for name, value in plan.variables.items()))
+    run_as = "" if plan.user_units else "User=%s\n" % plan.user
     units = {}
     for each in instances:
-        values = fields(doubled, each, run_as="" if plan.user_units else "User=%s\n" % plan.user,
-                        word=systemd_word(prelude + forwarded(portable(each.command))))
-        output = "StandardOutput=append:%(log)s\nStandardError=inherit\n" * bool(plan.log) % values
+        values = template_values(plan, each, run_as=run_as, word=systemd_word(each.command),
+                                 stop=systemd_word(SYSTEMD_STOP % stop_leader(each.command)))
+        output = ""
+        if plan.log:
+            output = "StandardOutput=append:%(log)s\nStandardError=inherit\n" % values
         units.setdefault("%s-%s" % (plan.app, each.type), []).append(values["job"] + ".service")
         yield File(values["job"] + ".service", 0o644, SYSTEMD % dict(values, output=output))
     for name, wants in units.items():
-        yield systemd_target(plan, name, wants, "PartOf=%s.target\n" % plan.app)
+        yield systemd_target(plan, name, wants, "PartOf={0}.target\nAfter={0}.target\n".format(
+            plan.app))
     yield systemd_target(plan, plan.app, [name + ".target" for name in units],
                          "\n[Install]\nWantedBy=%s.target\n"
                          % ("default" if plan.user_units else "multi-user"))
@@ -611,18 +618,18 @@ def export_systemd(plan, instances):
 def export_launchd(plan, instances):
     """A property list for each instance; see launchd.plist(5)."""
     import plistlib
-    variables, prelude = carried(plan.variables, is_text)
     comment = "<!-- %s -->\n<plist" % plan.mark.replace("--", "-&#45;")
     for each in instances:
-        values = fields(plan, each)
-        logs = dict.fromkeys(["StandardOutPath", "StandardErrorPath"], values["log"])
-        text = plistlib.dumps(dict(
+        values = template_values(plan, each)
+        job = dict(
             Label=values["job"], UserName=plan.user, WorkingDirectory=plan.root,
-            ProgramArguments=["/bin/sh", "-c", prelude + forwarded(portable(each.command))],
-            EnvironmentVariables=own_variables(variables, each),
-            KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace,
-            **(logs if plan.log else {})))
-        yield File(values["job"] + ".plist", 0o600, text.decode().replace("<plist", comment, 1))
+            ProgramArguments=["/bin/sh", "-c", forwarded(each.command)],
+            EnvironmentVariables=own_variables(plan, each),
+            KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace)
+        if plan.log:
+            job.update(StandardOutPath=values["log"], StandardErrorPath=values["log"])
+        text = plistlib.dumps(job).decode()
+        yield File(values["job"] + ".plist", 0o600, text.replace("<plist", comment, 1))
 
 
 SUPERVISORD = """
@@ -630,7 +637,7 @@ SUPERVISORD = """
 command=/bin/sh -c %(word)s
 directory=%(root)s
 user=%(user)s
-environment=%(environment)s
+environment=PROCRUN="%(environment)s"
 autostart=true
 autorestart=true
 startsecs=0
@@ -640,6 +647,7 @@ stopasgroup=true
 killasgroup=true
 redirect_stderr=true
 %(output)s"""
+SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
 
 
 def supervisor_word(text):
@@ -649,18 +657,25 @@ def supervisor_word(text):
     return re.sub(r"(\s)(?=[;#])", r"\1''", text)
 
 
+def printf_word(text):
+    r"""The text with \0ooo, which `printf %b` turns back, for each byte but the plainest."""
+    return re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
+                  text.encode()).decode()
+
+
 def export_supervisord(plan, instances):
     """A program for each instance, and a group; see supervisord.org, "Configuration File".
 
     It restarts without a pause, or after ever longer ones and not for ever: the shell pauses.
+    `environment` can hold neither newlines nor every quote: one variable has all, escaped.
     """
-    variables, prelude = carried(plan.variables, re.compile(r"(?a)[\w ./:,=@+-]*").fullmatch)
-    doubled = plan._replace(root=plan.root.replace("%", "%%"))
     text, jobs = "; %s\n" % plan.mark, []
     for each in instances:
-        values = fields(doubled, each, environment=",".join(
-            '%s="%s"' % item for item in own_variables(variables, each).items()),
-            word=supervisor_word(prelude + "sleep 1; " + as_str(shell_text(portable(each.command).encode("utf-8", "surrogateescape")))))
+        environment = printf_word(shell_variables(plan, each))
+        if len(environment) >= 127 << 10:
+            raise Failure("supervisord takes less than 127 KiB of variables; they are longer")
+        values = template_values(plan, each, environment=environment,
+                                 word=supervisor_word(SUPERVISORD_START + each.command))
         output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
         text += SUPERVISORD % dict(values, output=output)
         jobs.append(values["job"])
@@ -669,27 +684,32 @@ def export_supervisord(plan, instances):
 
 
 RUNIT_RUN = """echo $$ >supervise/group
-exec %(output)s
-service=$PWD
+exec %(output)s 3<environment
 cd %(directory)s || exit 111
-exec chpst -P -u %(user)s -e "$service/env" /bin/sh -c %(word)s
+exec chpst -P -u %(user)s /bin/sh -c %(word)s
 """
-RUNIT_TERM = """# in place of a SIGTERM to the leader alone, which runsv sends
-# if this fails: the leader may not have a group of its own yet
-read group <supervise/pid || exit 1
-kill -s TERM -- "-$group" 2>/dev/null
-failed=$?
+RUNIT_START = 'eval "$(cat <&3)"; exec 3<&-; '
+RUNIT_TERM = """# First the leader.
+read -r pid <supervise/pid || exit 1
+%s
 (n=0
 while [ $n -lt %d ]; do
   sleep 1
-  read now <supervise/pid && [ "$now" = "$group" ] || exit 0
+  read -r now <supervise/pid && [ "$now" = "$pid" ] || exit 0
   n=$((n+1))
 done
-kill -s KILL -- "-$group") >/dev/null 2>&1 &
-exit $failed
+kill -KILL $pid -$pid) >/dev/null 2>&1 &
 """
-RUNIT_FINISH = """# what the leader left in its group goes, too
-read group 2>/dev/null <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
+RUNIT_FINISH = """# Then what the leader has left in its group.
+exec 2>/dev/null
+read -r group <supervise/group || exit 0
+kill -TERM -$group
+n=0
+while [ $n -lt %d ] && kill -0 -$group; do
+  sleep 0.1
+  n=$((n+1))
+done
+kill -KILL -$group
 rm -f supervise/group
 """
 
@@ -697,26 +717,23 @@ rm -f supervise/group
 def export_runit(plan, instances):
     """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).
 
-    chpst takes a variable from the first line of a file, less trailing blanks, NULs for newlines.
+    chpst's own environment files lose trailing blanks.  So root opens a file of its own, and the
+    user's shell reads it: no variable, such as PATH or LD_PRELOAD, is in force for root.
     """
-    variables, prelude = carried(plan.variables, lambda value: not value.endswith((" ", "\t")))
     head = "#!/bin/sh\n# %s\n" % plan.mark
     for each in instances:
-        values = fields(plan, each, directory=shell_quote(plan.root),
-                        word=shell_quote(prelude + as_str(shell_text(each.command.encode("utf-8", "surrogateescape")))))
+        values = template_values(plan, each, directory=shell_quote(plan.root),
+                                 word=shell_quote(RUNIT_START + each.command))
         output = ">>%s 2>&1" % shell_quote(values["log"]) if plan.log else "2>&1"
-        for name, value in own_variables(variables, each).items():
-            yield File("%s/env/%s" % (values["job"], name), 0o600,
-                       "%s\n# %s\n" % (value.replace("\n", "\0"), plan.mark))
+        yield File(values["job"] + "/environment", 0o600,
+                   "# %s\n%s" % (plan.mark, shell_variables(plan, each)))
         if not plan.log:
             yield File(values["job"] + "/log/run", 0o755,
                        head + "mkdir -p main && exec svlogd -tt main\n")
-        yield File(values["job"] + "/control/t", 0o755, head + RUNIT_TERM % plan.grace)
-        yield File(values["job"] + "/finish", 0o755, head + RUNIT_FINISH)
+        yield File(values["job"] + "/control/t", 0o755,
+                   head + RUNIT_TERM % (stop_leader(each.command), plan.grace))
+        yield File(values["job"] + "/finish", 0o755, head + RUNIT_FINISH % (10 * plan.grace))
         yield File(values["job"] + "/run", 0o755, head + RUNIT_RUN % dict(values, output=output))
-
-
-KUBERNETES_STOP = "case $(readlink /proc/1/exe) in *sh|*busybox) kill -s TERM -- -1;; esac"
 
 
 def kubernetes_word(text):
@@ -724,54 +741,73 @@ def kubernetes_word(text):
     return re.sub("\\$+(?=[(\x80-\U0010ffff])|\\$\\$+", lambda match: match[0] * 2, text)
 
 
+def kubernetes_name(name):
+    """The name of a process type as a label has it."""
+    return name.lower().replace("_", "-")
+
+
+def kubernetes_labels(plan, component):
+    """The recommended labels that tell the app and a part of it."""
+    return {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": component}
+
+
 def kubernetes_object(plan, kind, component, **content):
     """An object with a mark and the recommended labels."""
-    labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": component,
-              "app.kubernetes.io/managed-by": "procrun"}
     return dict(apiVersion="apps/v1" if kind == "Deployment" else "v1", kind=kind, metadata=dict(
         annotations={"procrun/made-by": plan.mark}, name="%s-%s" % (plan.app, component),
-        labels=labels), **content)
+        labels={**kubernetes_labels(plan, component), "app.kubernetes.io/managed-by": "procrun"}),
+        **content)
 
 
-def kubernetes_deployment(plan, labels, each, port):
-    """The Deployment of a process type.
+def kubernetes_deployment(plan, each, port, digest):
+    """The Deployment of a process type; another digest of the environment rolls its pods.
 
-    SIGTERM goes to process 1 of the container alone, and a shell there ignores it.  So one that
-    has more than one program to run forwards it; and if one waits for a single program (not every
-    shell gives it its own place), a hook sends SIGTERM to that program before.
+    SIGTERM goes to the container's first process alone.  That is not process 1, for which the
+    kernel would ignore the signal: the pod's processes share a namespace.
     """
-    command = portable(as_str(each.command))
-    forwards = forwarded(command)
-    hook = dict(preStop=dict(exec=dict(command=["/bin/sh", "-c", KUBERNETES_STOP])))
-    if forwards.startswith(FORWARD):
-        command, hook = forwards, {}
+    name = kubernetes_name(each.name)
+    labels = kubernetes_labels(plan, name)
     container = dict(
-        name=each.name, image=plan.image, command=["/bin/sh", "-c", kubernetes_word(command)],
+        name=name, image=plan.image,
+        command=["/bin/sh", "-c", kubernetes_word(forwarded(each.command))],
         env=[dict(name="PORT", value=str(port)),
              dict(name="PS", valueFrom=dict(fieldRef=dict(fieldPath="metadata.name")))],
-        envFrom=[dict(secretRef=dict(name=plan.app + "-env"))],
-        ports=[dict(containerPort=port)] * (each.name == "web"), lifecycle=hook)
+        envFrom=[dict(secretRef=dict(name=plan.app + "-env"))])
     if plan.root:
-        container["workingDir"] = plan.root
-    return kubernetes_object(plan, "Deployment", each.name, spec=dict(
-        replicas=plan.counts[each.name], selector=dict(matchLabels=labels),
-        template=dict(metadata=dict(labels=labels), spec=dict(
-            terminationGracePeriodSeconds=plan.grace, containers=[container]))))
+        container.update(workingDir=plan.root)
+    spec = dict(replicas=plan.counts[each.name], selector=dict(matchLabels=labels))
+    if name == "web":
+        container.update(ports=[dict(name="http", containerPort=port)],
+                         readinessProbe=dict(tcpSocket=dict(port="http")))
+    else:
+        spec.update(strategy=dict(rollingUpdate=dict(maxSurge=0, maxUnavailable=1)))
+    return kubernetes_object(plan, "Deployment", name, spec=dict(spec, template=dict(
+        metadata=dict(labels=labels, annotations={"procrun/environment": digest}),
+        spec=dict(terminationGracePeriodSeconds=plan.grace, shareProcessNamespace=True,
+                  enableServiceLinks=False, containers=[container]))))
 
 
 def export_kubernetes(plan, _):
-    """One List: a Secret, a Deployment for each process type, a Service for web."""
+    """A Secret; and a List of a Deployment for each process type, and a Service for web."""
+    import base64
+    import hashlib
     import json
-    items = [kubernetes_object(plan, "Secret", "env", stringData=plan.variables)]
+
+    def file(name, mode, content):
+        return File(plan.app + name, mode, json.dumps(content, indent=2) + "\n")
+
+    data = {name: base64.b64encode(value.encode()).decode()
+            for name, value in plan.variables.items()}
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    yield file("-secret.json", 0o600, kubernetes_object(plan, "Secret", "env", data=data))
+    items = []
     for place, each in enumerate(plan.types):
-        labels = {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": each.name}
-        port = plan.base + 100 * place
-        items.append(kubernetes_deployment(plan, labels, each, port))
-        if each.name == "web":
+        items.append(kubernetes_deployment(plan, each, plan.base + 100 * place, digest))
+        if kubernetes_name(each.name) == "web":
             items.append(kubernetes_object(plan, "Service", "web", spec=dict(
-                selector=labels, ports=[dict(port=80, targetPort=port)])))
-    yield File(plan.app + ".json", 0o600, json.dumps(
-        dict(apiVersion="v1", kind="List", items=items), indent=2) + "\n")
+                selector=kubernetes_labels(plan, "web"),
+                ports=[dict(port=80, targetPort="http")])))
+    yield file(".json", 0o644, dict(apiVersion="v1", kind="List", items=items))
 
 
 Format = namedtuple("Format", "function help start")
@@ -788,19 +824,25 @@ FORMATS = {
     "runit": Format(export_runit, "service directories for /etc/sv",
                     "ln -s {location}/{app}-* /etc/service/"),
     "kubernetes": Format(export_kubernetes, "Deployments, a Secret and a Service",
-                         "kubectl apply -f {location}/{app}.json"),
+                         "kubectl apply --server-side -f {location}/{app}-secret.json "
+                         "-f {location}/{app}.json"),
 }
 
 
 def kubernetes_problem(plan):
-    """What Kubernetes alone cannot carry, or None."""
-    if not plan.image:
-        return "kubernetes needs --image IMAGE"
+    """What Kubernetes alone cannot take, or None."""
+    if not re.fullmatch(r"(?a)\w[\w.:/@-]*", plan.image or ""):
+        return "kubernetes needs --image IMAGE, such as registry.example/app:1"
     if plan.log:
         return "kubernetes keeps the logs itself; leave -l out"
     if plan.base + 100 * (len(plan.types) - 1) > 65535:
         return "a port is beyond 65535; choose a lower base port with -p"
-    names = [each.name for each in plan.types]
+    if sum(len(value.encode()) for value in plan.variables.values()) > 1 << 20:
+        return "kubernetes takes no Secret of more than 1 MiB; the variables are longer"
+    names = [kubernetes_name(each.name) for each in plan.types]
+    for name in names:
+        if names.count(name) > 1:
+            return "kubernetes would call two process types `%s`; rename one" % name
     for name in [plan.app] + names + ["%s-%s" % (plan.app, each) for each in names]:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
             return ("kubernetes takes no name `%s`: only a-z, 0-9 and between them -, at most 63"
@@ -811,30 +853,28 @@ def kubernetes_problem(plan):
 
 
 def plan_problem(plan, format):
-    """What cannot be carried of this plan in any format, or in this one; None if all can."""
+    """What no format, or not this one, can take of the plan; None if all is well."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
         return "the app cannot be named %r; use letters, digits, _ . - with -a" % plan.app
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
         return "there can be no user %r; give another with -u" % plan.user
     for path in (plan.root, plan.log, plan.location):
-        if not is_text(path) or re.search(r'["\\]|\s$|\s[;#]', path):
-            return "the path `%s` has characters that cannot be carried" % printable(os.fsencode(path))
-    if format == "systemd" and re.search(r"[*?\[]", plan.location):
-        return "the path `%s` cannot be carried: systemd takes it for a pattern" % plan.location
-    if format == "supervisord" and "%" in plan.log:
-        return "the path `%s` cannot be carried: supervisord expands its %% twice" % plan.log
-    for name, value in plan.variables.items():
-        if name[0].isdigit():
-            return "the variable %s cannot be carried: its name starts with a digit" % name
-        if format == "kubernetes" and re.search("[\ud800-\udfff]", value):
-            return "the value of %s cannot be carried: it is not UTF-8" % name
-    if not is_text(plan.mark):
-        return "this command line has characters that a comment cannot carry"
+        if not is_text(path) or re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', path):
+            return "the path `%s` has characters that cannot be exported" % printable(
+                os.fsencode(path))
+    names = [printable(os.fsencode(name)) for name in plan.variables
+             if not re.fullmatch(r"(?a)[A-Za-z_]\w*", name)]
+    if names:
+        return "variables with such names do not pass /bin/sh: " + ", ".join(names)
+    if not is_text(plan.mark) or "\n" in plan.mark:
+        return "this command line has characters that a comment cannot have"
     return kubernetes_problem(plan) if format == "kubernetes" else None
 
 
 def export_files(plan, instances, format):
-    """Return the list of File of an export; raises Failure if something cannot be carried."""
+    """Return the list of File of an export; raises Failure if something cannot be exported.
+
+    The commands that the generators get are shell texts (str)."""
     problem = plan_problem(plan, format)
     for each in instances:
         if each.dashed in plan.counts:
@@ -842,8 +882,11 @@ def export_files(plan, instances, format):
                 each.name, each.dashed)
     if problem:
         raise Failure(problem)
-    instances = [each._replace(command=as_str(each.command)) for each in instances]
-    return list(FORMATS[format].function(plan, instances))
+    types = [each._replace(command=exportable("the command of " + each.name,
+                                              shell_text(each.command))) for each in plan.types]
+    texts = {each.name: each.command for each in types}
+    instances = [each._replace(command=texts[each.type]) for each in instances]
+    return list(FORMATS[format].function(plan._replace(types=types), instances))
 
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
@@ -2077,7 +2120,7 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
 
 
-# Files: all of them as a whole, or none ----------------------------------------------------------
+# Files: text -> LOCATION -------------------------------------------------------------------------
 
 def write_new(path, mode, data):
     """Create a file with this content (bytes), private from its first byte on; have it on disk."""
@@ -2109,9 +2152,7 @@ def marked(location, app, mark):
     mark = re.escape(mark).replace(rb"\-\-", rb"\-(?:\-|&#45;)")    # as an XML comment has it
     pattern = re.compile(first % (mark, mark))
     found = []
-    for folder, folders, names in os.walk(location):
-        if os.path.relpath(folder, location).count(os.sep):
-            folders.clear()
+    for folder, _, names in os.walk(location):
         paths = (os.path.relpath(os.path.join(folder, name), location) for name in names)
         found += [path for path in paths if place.fullmatch(path)
                   and begins_with(os.path.join(location, path), pattern)]
@@ -2119,7 +2160,8 @@ def marked(location, app, mark):
 
 
 def in_the_way(location, files, ours, force):
-    """Raise Failure if something stands where a file is to be, that is not among `ours`."""
+    """Raise Failure if something stands where a file or its folder is to be: a file that is not
+    among `ours`, or a link in place of a folder."""
     for file in files:
         path = os.path.join(location, file.path)
         if os.path.isdir(path) and not os.path.islink(path):
@@ -2127,73 +2169,22 @@ def in_the_way(location, files, ours, force):
         if os.path.lexists(path) and file.path not in ours and not force:
             raise Failure("%s: exists and is not of this app and format; move it away, or use "
                           "--force" % path)
+        folder = os.path.dirname(path)
+        while folder != location:
+            if os.path.islink(folder) or os.path.lexists(folder) and not os.path.isdir(folder):
+                raise Failure("%s: is a link or no directory; move it away" % folder)
+            folder = os.path.dirname(folder)
 
 
-def make_folder(path, undo):
-    """Make a folder and those above it, as far as they are missing."""
-    if not os.path.isdir(path):
-        make_folder(os.path.dirname(path), undo)
-        os.mkdir(path, 0o755)
-        undo.append((os.rmdir, path))
-
-
-def beside(path, suffix):
-    """The path of a hidden file in the same folder."""
-    folder, name = os.path.split(path)
-    return os.path.join(folder, ".%s.%s" % (name, suffix))
-
-
-def keep_aside(path, aside):
-    """Give a file a second name, or where that cannot be, another."""
-    try:
-        os.link(path, aside, follow_symlinks=False)
-    except OSError:
-        os.rename(path, aside)
-
-
-def do_all(steps):
-    """Call each (function, argument, ...), whether it succeeds or not."""
-    for function, *arguments in steps:
-        try:
-            function(*arguments)
-        except OSError:
-            pass
-
-
-def install(location, files, gone):
-    """Write all files beside their places, then move them there, and what is gone (paths below the
-    location) away; or leave all as it was, and raise OSError.  What goes or is replaced has
-    another name until all is done.  Signals wait."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    undo, aside = [], []
-    new, old = ("%s-%d-%x" % (each, os.getpid(), time.time_ns()) for each in ("new", "old"))
-    paths = [os.path.join(location, file.path) for file in files]
-    gone = [os.path.join(location, name) for name in gone]
-    try:
-        for path, file in zip(paths, files):
-            make_folder(os.path.dirname(path), undo)
-            undo.append((os.unlink, beside(path, new)))
-            write_new(beside(path, new), file.mode, file.text.encode("utf-8", "surrogateescape"))
-        for path in paths:
-            if os.path.lexists(path):
-                aside.append(beside(path, old))
-                undo += (os.unlink, aside[-1]), (os.replace, aside[-1], path)
-                keep_aside(path, aside[-1])
-            else:
-                undo.append((os.unlink, path))
-            os.replace(beside(path, new), path)
-        for path in gone:
-            aside.append(beside(path, old))
-            undo.append((os.rename, aside[-1], path))
-            os.rename(path, aside[-1])
-        for folder in sorted(set(map(os.path.dirname, paths + gone))):
-            fd = os.open(folder, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-    except OSError:
-        do_all(reversed(undo))    # those of steps that had not been taken fail
-        raise
-    do_all((os.unlink, path) for path in aside)    # what stays, the next export finds by its mark
+def stage(folder, files):
+    """Write all files into a new private folder, with numbers for names; one that an export which
+    was killed has left there goes."""
+    import shutil
+    if os.path.lexists(folder):
+        shutil.rmtree(folder)
+    os.makedirs(folder, 0o700)
+    for number, file in enumerate(files):
+        write_new(os.path.join(folder, str(number)), file.mode, file.text.encode())
 
 
 def prune(location, name):
@@ -2204,6 +2195,35 @@ def prune(location, name):
             os.rmdir(os.path.join(location, name))
     except OSError:
         pass    # not empty
+
+
+def install(location, staging, files, gone):
+    """Write all files to a folder (its path) below the location, move each to its place, and
+    remove what is gone (relative paths).  Signals wait.
+
+    Raises Failure.  Nothing has changed before all files are written; then it tells what has.
+    """
+    import shutil
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    path, done = location, []
+    try:
+        stage(staging, files)
+        for number, file in enumerate(files):
+            path = os.path.join(location, file.path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.replace(os.path.join(staging, str(number)), path)
+            done.append(path)
+        for name in gone:
+            path = os.path.join(location, name)
+            os.unlink(path)
+            prune(location, name)
+            done.append(path)
+    except OSError as error:
+        raise Failure("%s: %s; already replaced or removed: %s" % (
+            path, error.strerror, ", ".join(done) or "nothing"))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 # Command line ------------------------------------------------------------------------------------
@@ -2438,17 +2458,20 @@ def mark_of(format, app):
 
 def make_plan(args, app, counts, base):
     """Return the Plan of an export."""
-    import shlex
     name = os.path.basename(app.root) if args.app is None else args.app
     user = name if args.user is None else args.user
     log = absolute(args.log) if args.log else ""
-    again = [each for each in args.argv if each not in ("--force", "--dry-run")]
-    mark = mark_of(args.format, name) + "Again: cd %s && python3 %s" % (
-        shlex.quote(absolute(".")), " ".join(map(shlex.quote, [sys.argv[0]] + again)))
-    variables = {as_str(key): as_str(value) for key, value in
-                 {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()
+    mark, root = mark_of(args.format, name), app.root
+    if args.format == "kubernetes":    # its files are shared: nothing of this machine is in them
+        root = root if args.root else ""
+    else:
+        again = [each for each in args.argv if each not in ("--force", "--dry-run")]
+        mark += "Again: cd %s && python3 %s" % (
+            shell_quote(absolute(".")), " ".join(map(shell_quote, [sys.argv[0]] + again)))
+    variables = {key.decode("utf-8", "surrogateescape"):
+                 exportable("the value of " + printable(key), value)
+                 for key, value in {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()
                  if key not in (b"PORT", b"PS")}    # an instance has its own
-    root = app.root if args.format != "kubernetes" or args.root else ""
     grace = max(1, -int(-args.timeout // 1))
     group = primary_group(user) or user
     return Plan(name, user, group, root, log, grace, mark, variables, app.types, counts, base,
@@ -2456,16 +2479,27 @@ def make_plan(args, app, counts, base):
 
 
 def warn(plan, format):
-    """Say what this machine lacks for an export."""
+    """Say what this machine lacks for an export, and what was perhaps not meant."""
+    refused = ""
+    if format == "supervisord":
+        refused = "; until it is there, supervisord refuses its whole configuration"
     if not (primary_group(plan.user) or plan.user_units or format == "kubernetes"):
-        complain("warning: this machine has no user `%s`" % plan.user)
+        complain("warning: this machine has no user `%s`%s" % (plan.user, refused))
     if plan.log and not os.path.isdir(plan.log):
-        complain("warning: there is no directory %s, which the logs need" % plan.log)
+        complain("warning: there is no directory %s for the logs%s" % (plan.log, refused))
+    if plan.log and format == "upstart":
+        complain("warning: `%s` must be able to write to %s" % (plan.user, plan.log))
+    if plan.counts.get("release"):
+        complain("warning: release is meant to run once: -c release=0 leaves it out")
 
 
 def tell_export(text):
-    """A line of an export."""
-    tell("[procrun export] %s\n" % text)
+    """Write text to stdout, and wait while that takes nothing; raises Failure."""
+    ready = select.poll()
+    ready.register(1, select.POLLOUT)
+    for start in range(0, len(text), 1000):    # no more than a pipe that is ready takes
+        ready.poll()
+        tell(text[start:start + 1000])
 
 
 def dry_run(plan, instances, format):
@@ -2473,13 +2507,26 @@ def dry_run(plan, instances, format):
     masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
     for file in export_files(masked, instances, format):
         path = os.path.join(plan.location, file.path)
-        tell_export("would write: %s, mode %04o" % (path, file.mode))
-        tell(file.text)
+        tell_export("[procrun export] would write: %s, mode %04o\n%s" % (
+            path, file.mode, file.text))
+
+
+def tell_done(plan, args, written, gone):
+    """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
+    start = FORMATS[args.format].start.format(app=plan.app, location=shell_quote(plan.location))
+    if args.user_units and args.format == "systemd":
+        start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
+    lines = ["writing: " + os.path.join(plan.location, name) for name in written]
+    lines += ["removing: " + os.path.join(plan.location, name) for name in gone]
+    try:
+        for line in lines + ["start it with: " + start]:
+            tell_export("[procrun export] %s\n" % line)
+    except Failure as failure:
+        complain(*failure.args)
 
 
 def cmd_export(args):
     """procrun export: write the configuration of a process manager."""
-    import shlex
     app = load_app(args, load_types(args))
     counts, base, instances = planned(args, app)
     plan = make_plan(args, app, counts, base)
@@ -2488,23 +2535,14 @@ def cmd_export(args):
     if args.dry_run:
         dry_run(plan, instances, args.format)
         return 0
-    try:
-        ours = marked(plan.location, plan.app, mark_of(args.format, plan.app).encode())
-        in_the_way(plan.location, files, ours, args.force)
-        gone = sorted(set(ours) - {file.path for file in files})
-        install(plan.location, files, gone)
-        for name in gone:
-            prune(plan.location, name)
-    except OSError as error:
-        raise Failure("%s: %s" % (error.filename or plan.location, error.strerror))
-    for file in files:
-        tell_export("writing: " + os.path.join(plan.location, file.path))
-    for name in gone:
-        tell_export("removing: " + os.path.join(plan.location, name))
-    start = FORMATS[args.format].start.format(app=plan.app, location=shlex.quote(plan.location))
-    if args.user_units and args.format == "systemd":
-        start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
-    tell_export("start it with: " + start)
+    os.umask(0o022)
+    ours = marked(plan.location, plan.app, mark_of(args.format, plan.app).encode())
+    in_the_way(plan.location, files, ours, args.force)
+    written = [file.path for file in files]
+    gone = sorted(set(ours) - set(written))
+    install(plan.location, os.path.join(
+        plan.location, ".procrun-%s-%s" % (args.format, plan.app)), files, gone)
+    tell_done(plan, args, written, gone)
     return 0
 
 

@@ -5,8 +5,8 @@ output, eventually() retries an assertion, and leftovers() looks from outside fo
 carries the test's own tag in its environment.
 """
 import atexit
+import base64
 import concurrent.futures
-import configparser
 import contextlib
 import ctypes
 import fcntl
@@ -534,7 +534,7 @@ def test_shell_text_does_what_the_command_does(tmp_path, shell):
 # Export -------------------------------------------------------------------------------------------
 
 FORMATS = "upstart", "systemd", "launchd", "supervisord", "runit", "kubernetes"
-SOME = "upstart", "runit", "kubernetes"    # for what no format does on its own
+USER = {b"HOME": b"/root", b"USER": b"root", b"LOGNAME": b"root"}
 BASE = {b"PATH": b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it switches users")
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks in /proc")
@@ -653,110 +653,7 @@ def run_by_upstart(location):
         script.write_bytes(os.fsencode(job["script"]))
         assert (job["setuid"], job["setgid"]) == (["root"], ["root"]) and job["respawn"] == []
         root, = job["chdir"]
-        runs[name] = [b"/bin/sh", b"-e", bytes(script)], {**BASE, b"TERM": b"linux"}, root
-    return runs
-
-
-def systemd_words(text):
-    """The words of a value: quotes of both kinds, C escapes in and outside of them."""
-    simple = dict(zip(b'abfnrtvs"\'\\', b"\a\b\f\n\r\t\v \"'\\"))
-    words, word, quote, place = [], None, None, 0
-    while place < len(text):
-        char = text[place]
-        if char == 0x5c:
-            match = re.compile(rb"\\(?:x([0-9a-f]{2})|([0-7]{3})|(.))", re.S).match(text, place)
-            assert match and (match[1] or match[2] or match[3][0] in simple), text
-            word = (word or b"") + (bytes([int(match[1], 16)]) if match[1] else
-                                    bytes([int(match[2], 8)]) if match[2] else
-                                    bytes([simple[match[3][0]]]))
-            place = match.end() - 1
-        elif quote is None and char in b"'\"":
-            word, quote = word or b"", char
-        elif char == quote:
-            quote = None
-        elif quote is None and char in b" \t\n\r":
-            words, word = words + [word] * (word is not None), None
-        else:
-            word = (word or b"") + bytes([char])
-        place += 1
-    assert quote is None, text
-    return words + [word] * (word is not None)
-
-
-def systemd_specifiers(text):
-    """%% is %; anything else would be replaced."""
-    assert not re.search(rb"%(?!%)", text.replace(b"%%", b"")), text
-    return text.replace(b"%%", b"%")
-
-
-def systemd_dollars(word, environment):
-    """$$ is $, ${NAME} is replaced; $NAME only where it is the whole word."""
-    assert not re.match(rb"\$[^{$]", word)
-    return re.sub(rb"\$(\$|\{(\w+)\})", lambda match: environment.get(match[2], b"")
-                  if match[2] else b"$", word)
-
-
-def systemd_unit(data):
-    """The settings of a unit, {name: [value, ...]}."""
-    unit = {}
-    data.decode()    # systemd skips lines that are not UTF-8
-    for line in re.sub(rb"\\\n", b" ", data).split(b"\n"):
-        line = line.strip(b" \t\r\n")
-        if line and line[:1] not in b"#;[":
-            name, equals, value = line.partition(b"=")
-            assert equals, line
-            unit.setdefault(name.strip().decode(), []).append(value.strip(b" \t\r\n"))
-    return unit
-
-
-def systemd_environment(data):
-    """The variables of an environment file; see systemd's env-file.c."""
-    variables, place = {}, 0
-    while place < len(data):
-        match = re.compile(rb"[ \t\r\n]*(?:[#;](?:\\.|[^\\\r\n])*|([^=\n]*?)[ \t]*=|$)",
-                           re.S).match(data, place)
-        place = match.end()
-        if match[1] is None:
-            place += not data[match.start():place].strip()
-            continue
-        value = b""
-        while data[place:place + 1] not in (b"\n", b"\r", b""):
-            part = re.compile(rb"""'([^']*)'|"((?:\\.|[^"\\])*)"|[ \t]+|((?:\\.|[^\\\r\n])+)""",
-                              re.S).match(data, place)
-            if part[2] is not None:
-                value += re.sub(rb'\\(["\\$`]|\n)', lambda each: each[1].strip(b"\n"), part[2])
-            elif part[3] is not None:
-                value += re.sub(rb"(?s)\\(.)", lambda each: each[1].strip(b"\n"), part[3]).rstrip()
-            else:
-                value += part[1] or b""
-            place = part.end()
-        value.decode()    # a value that is not UTF-8 discards the whole file
-        assert re.fullmatch(rb"[A-Za-z_]\w*", match[1])
-        if not re.search(rb"[\x01-\x08\x0b-\x1f\x7f]", value):    # dropped, with a warning
-            variables[match[1]] = value
-    return variables
-
-
-def run_by_systemd(location):
-    runs = {}
-    for path, data in files(location).items():
-        if not path.endswith(".service"):
-            continue
-        unit = systemd_unit(data)
-        assert unit["User"] + unit["KillMode"] + unit["Restart"] == [b"root", b"mixed", b"always"]
-        environment = dict(BASE)
-        for each in unit.get("Environment", ()):
-            environment.update(systemd_specifiers(word).split(b"=", 1)
-                               for word in systemd_words(each))
-        source, = map(systemd_specifiers, unit["EnvironmentFile"])
-        assert not re.search(rb"[*?\[]", source)
-        with open(source, "rb") as file:
-            environment.update(systemd_environment(file.read()))
-        command, = unit["ExecStart"]
-        runs[path[len("myapp-"):-len(".service")]] = (
-            [systemd_dollars(systemd_specifiers(word), environment)
-             for word in systemd_words(command)],
-            environment, *map(systemd_specifiers, unit["WorkingDirectory"]))
+        runs[name] = [b"/bin/sh", b"-e", bytes(script)], {**BASE, b"HOME": b"/"}, root
     return runs
 
 
@@ -768,7 +665,7 @@ def run_by_launchd(location):
         assert job["Label"] + ".plist" == path
         runs[job["Label"][len("myapp-"):]] = (
             list(map(os.fsencode, job["ProgramArguments"])),
-            {**BASE, **{os.fsencode(name): os.fsencode(value)
+            {**BASE, **USER, **{os.fsencode(name): os.fsencode(value)
                         for name, value in job["EnvironmentVariables"].items()}},
             job["WorkingDirectory"])
     return runs
@@ -785,8 +682,9 @@ def kubernetes_expanded(text, variables):
 
 def kubernetes_items(location):
     """The objects of an export, by kind and name."""
-    (data,) = files(location).values()
-    return {(each["kind"], each["metadata"]["name"]): each for each in json.loads(data)["items"]}
+    read = {path: json.loads(data) for path, data in files(location).items()}
+    return {(each["kind"], each["metadata"]["name"]): each
+            for each in [read["myapp-secret.json"]] + read["myapp.json"]["items"]}
 
 
 def run_by_kubernetes(location):
@@ -795,10 +693,11 @@ def run_by_kubernetes(location):
         if kind != "Deployment":
             continue
         (container,) = item["spec"]["template"]["spec"]["containers"]
-        environment = dict(BASE)
+        environment = {**BASE, **USER}
         for each in container["envFrom"]:
-            secret = items["Secret", each["secretRef"]["name"]]["stringData"]
-            environment.update((os.fsencode(key), value.encode()) for key, value in secret.items())
+            secret = items["Secret", each["secretRef"]["name"]]["data"]
+            environment.update((os.fsencode(key), base64.b64decode(value))
+                               for key, value in secret.items())
         for each in container["env"]:
             if "valueFrom" in each:
                 assert each["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.name"}}
@@ -810,45 +709,11 @@ def run_by_kubernetes(location):
     return runs
 
 
-def run_by_supervisord(location):
-    runs = {}
-    for data in files(location).values():
-        parser = configparser.RawConfigParser(inline_comment_prefixes=(";", "#"), strict=False)
-        parser.read_string(data.decode())
-        for section in parser.sections():
-            if not section.startswith("program:"):
-                continue
-            program = {name: value % {} for name, value in parser.items(section)}
-            assert program["user"] == "root" and program["autorestart"] == "true"
-            lexer = shlex.shlex(program["environment"])
-            lexer.wordchars += "/.+-():"
-            tokens = list(lexer)
-            assert set(tokens[1::4]) == {"="} and set(tokens[3::4]) == {","}
-            runs[section[len("program:myapp-"):]] = (
-                list(map(os.fsencode, shlex.split(program["command"]))),
-                {**BASE, **{os.fsencode(name): os.fsencode(value.strip("'\""))
-                            for name, value in zip(tokens[::4], tokens[2::4])}},
-                program["directory"])
-    return runs
+MODELS = {"upstart": run_by_upstart, "launchd": run_by_launchd, "kubernetes": run_by_kubernetes}
+models = pytest.mark.parametrize("format", list(MODELS))
 
 
-def run_by_runit(location):
-    """With the real chpst."""
-    for path in location.glob("*/run"):
-        path.with_name("supervise").mkdir()    # as runsv does
-    return {name[len("myapp-"):]: ([b"./run"], BASE, str(location / name))
-            for name in {path.split("/")[0] for path in files(location)}}
-
-
-MODELS = {format: globals()["run_by_" + format] for format in FORMATS}
-models = pytest.mark.parametrize("format", [
-    pytest.param(format, marks=[needs("chpst"), as_root] * (format == "runit"))
-    for format in MODELS])
-
-
-# The files of an app with one process type, `web: cd www && ./serve $PORT`, and SECRET=50% of $x.
-GOLDEN = {
-    "upstart": r"""
+UPSTART = r"""
 == shop-web-1.conf 0600
 # MARK
 description "shop web.1"
@@ -861,10 +726,11 @@ setuid root
 setgid 'root'
 chdir 'ROOT'
 script
-export PYTHONUNBUFFERED='1'
+HOME=~root USER=root LOGNAME=root; export HOME USER LOGNAME
+export PYTHONUNBUFFERED=1
 export SECRET='50% of $x'
-export PORT='5000'
-export PS='web.1'
+export PORT=5000
+export PS=web.1
 exec /bin/sh -c 'trap '\''trap "" TERM; wait; exit 143'\'' TERM; cd www && ./serve $PORT'
 end script
 # Upstart respawns without a pause.
@@ -877,300 +743,15 @@ stop on stopping shop
 # MARK
 start on runlevel [2345]
 stop on runlevel [!2345]
-""",
-    "systemd": r"""
-== shop-web-1.service 0644
-# MARK
-[Unit]
-Description=shop web.1
-PartOf=shop-web.target
-After=network.target
-StartLimitIntervalSec=0
-
-[Service]
-User=root
-WorkingDirectory=ROOT
-EnvironmentFile=ROOT/out/shop.env
-Environment=PORT=5000 PS=web.1
-ExecStart=/bin/sh -c "trap 'trap \"\" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; exec /bin/sh -c 'trap '\\''trap \"\" TERM; wait; exit 143'\\'' TERM; cd www && ./serve $$PORT') & wait $$!"
-Restart=always
-RestartSec=1
-KillMode=mixed
-TimeoutStopSec=5
-SuccessExitStatus=143
-== shop-web.target 0644
-# MARK
-[Unit]
-Description=shop-web
-Wants=shop-web-1.service
-PartOf=shop.target
-== shop.env 0600
-# MARK
-PYTHONUNBUFFERED="1"
-SECRET="50% of \$x"
-== shop.target 0644
-# MARK
-[Unit]
-Description=shop
-Wants=shop-web.target
-
-[Install]
-WantedBy=multi-user.target
-""",
-    "launchd": r"""
-== shop-web-1.plist 0600
-<?xml version="1.0" encoding="UTF-8"?>
-<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<!-- MARK -->
-<plist version="1.0">
-<dict>
-	<key>EnvironmentVariables</key>
-	<dict>
-		<key>PORT</key>
-		<string>5000</string>
-		<key>PS</key>
-		<string>web.1</string>
-		<key>PYTHONUNBUFFERED</key>
-		<string>1</string>
-		<key>SECRET</key>
-		<string>50% of $x</string>
-	</dict>
-	<key>ExitTimeOut</key>
-	<integer>5</integer>
-	<key>KeepAlive</key>
-	<true/>
-	<key>Label</key>
-	<string>shop-web-1</string>
-	<key>ProgramArguments</key>
-	<array>
-		<string>/bin/sh</string>
-		<string>-c</string>
-		<string>trap 'trap "" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; exec /bin/sh -c 'trap '\''trap "" TERM; wait; exit 143'\'' TERM; cd www &amp;&amp; ./serve $PORT') &amp; wait $!</string>
-	</array>
-	<key>RunAtLoad</key>
-	<true/>
-	<key>ThrottleInterval</key>
-	<integer>1</integer>
-	<key>UserName</key>
-	<string>root</string>
-	<key>WorkingDirectory</key>
-	<string>ROOT</string>
-</dict>
-</plist>
-""",
-    "supervisord": r"""
-== shop.conf 0600
-; MARK
-
-[program:shop-web-1]
-command=/bin/sh -c 'SECRET=$(printf %%b_ "$SECRET"); SECRET=${SECRET%%_}; sleep 1; trap '"'"'trap "" TERM; wait; exit 143'"'"' TERM; cd www && ./serve $PORT'
-directory=ROOT
-user=root
-environment=PYTHONUNBUFFERED="1",SECRET="50\0045 of \0044x",PORT="5000",PS="web.1"
-autostart=true
-autorestart=true
-startsecs=0
-stopsignal=TERM
-stopwaitsecs=5
-stopasgroup=true
-killasgroup=true
-redirect_stderr=true
-
-[group:shop]
-programs=shop-web-1
-""",
-    "runit": r"""
-== shop-web-1/control/t 0755
-#!/bin/sh
-# MARK
-# in place of a SIGTERM to the leader alone, which runsv sends
-# if this fails: the leader may not have a group of its own yet
-read group <supervise/pid || exit 1
-kill -s TERM -- "-$group" 2>/dev/null
-failed=$?
-(n=0
-while [ $n -lt 5 ]; do
-  sleep 1
-  read now <supervise/pid && [ "$now" = "$group" ] || exit 0
-  n=$((n+1))
-done
-kill -s KILL -- "-$group") >/dev/null 2>&1 &
-exit $failed
-== shop-web-1/env/PORT 0600
-5000
-# MARK
-== shop-web-1/env/PS 0600
-web.1
-# MARK
-== shop-web-1/env/PYTHONUNBUFFERED 0600
-1
-# MARK
-== shop-web-1/env/SECRET 0600
-50% of $x
-# MARK
-== shop-web-1/finish 0755
-#!/bin/sh
-# MARK
-# what the leader left in its group goes, too
-read group 2>/dev/null <supervise/group && kill -s KILL -- "-$group" 2>/dev/null
-rm -f supervise/group
-== shop-web-1/log/run 0755
-#!/bin/sh
-# MARK
-mkdir -p main && exec svlogd -tt main
-== shop-web-1/run 0755
-#!/bin/sh
-# MARK
-echo $$ >supervise/group
-exec 2>&1
-service=$PWD
-cd 'ROOT' || exit 111
-exec chpst -P -u root -e "$service/env" /bin/sh -c 'trap '\''trap "" TERM; wait; exit 143'\'' TERM; cd www && ./serve $PORT'
-""",
-    "kubernetes": r"""
-== shop.json 0600
-{
-  "apiVersion": "v1",
-  "kind": "List",
-  "items": [
-    {
-      "apiVersion": "v1",
-      "kind": "Secret",
-      "metadata": {
-        "annotations": {
-          "procrun/made-by": "MARK"
-        },
-        "name": "shop-env",
-        "labels": {
-          "app.kubernetes.io/name": "shop",
-          "app.kubernetes.io/component": "env",
-          "app.kubernetes.io/managed-by": "procrun"
-        }
-      },
-      "stringData": {
-        "PYTHONUNBUFFERED": "1",
-        "SECRET": "50% of $x"
-      }
-    },
-    {
-      "apiVersion": "apps/v1",
-      "kind": "Deployment",
-      "metadata": {
-        "annotations": {
-          "procrun/made-by": "MARK"
-        },
-        "name": "shop-web",
-        "labels": {
-          "app.kubernetes.io/name": "shop",
-          "app.kubernetes.io/component": "web",
-          "app.kubernetes.io/managed-by": "procrun"
-        }
-      },
-      "spec": {
-        "replicas": 1,
-        "selector": {
-          "matchLabels": {
-            "app.kubernetes.io/name": "shop",
-            "app.kubernetes.io/component": "web"
-          }
-        },
-        "template": {
-          "metadata": {
-            "labels": {
-              "app.kubernetes.io/name": "shop",
-              "app.kubernetes.io/component": "web"
-            }
-          },
-          "spec": {
-            "terminationGracePeriodSeconds": 5,
-            "containers": [
-              {
-                "name": "web",
-                "image": "shop:1",
-                "command": [
-                  "/bin/sh",
-                  "-c",
-                  "trap 'trap \"\" TERM; kill -s TERM 0; wait; exit 143' TERM; (trap - INT QUIT; exec /bin/sh -c 'trap '\\''trap \"\" TERM; wait; exit 143'\\'' TERM; cd www && ./serve $PORT') & wait $!"
-                ],
-                "env": [
-                  {
-                    "name": "PORT",
-                    "value": "5000"
-                  },
-                  {
-                    "name": "PS",
-                    "valueFrom": {
-                      "fieldRef": {
-                        "fieldPath": "metadata.name"
-                      }
-                    }
-                  }
-                ],
-                "envFrom": [
-                  {
-                    "secretRef": {
-                      "name": "shop-env"
-                    }
-                  }
-                ],
-                "ports": [
-                  {
-                    "containerPort": 5000
-                  }
-                ],
-                "lifecycle": {}
-              }
-            ]
-          }
-        }
-      }
-    },
-    {
-      "apiVersion": "v1",
-      "kind": "Service",
-      "metadata": {
-        "annotations": {
-          "procrun/made-by": "MARK"
-        },
-        "name": "shop-web",
-        "labels": {
-          "app.kubernetes.io/name": "shop",
-          "app.kubernetes.io/component": "web",
-          "app.kubernetes.io/managed-by": "procrun"
-        }
-      },
-      "spec": {
-        "selector": {
-          "app.kubernetes.io/name": "shop",
-          "app.kubernetes.io/component": "web"
-        },
-        "ports": [
-          {
-            "port": 80,
-            "targetPort": 5000
-          }
-        ]
-      }
-    }
-  ]
-}
-""",
-}
+"""
 
 
-@pytest.mark.parametrize("format", list(GOLDEN))
-def test_golden_files(tmp_path, format):
-    shop = tmp_path.joinpath("shop")
-    shop.mkdir()
-    procfile(shop, "web: cd www && ./serve $PORT\n", "SECRET='50% of $x'\n")
-    subprocess.run([sys.executable, "-S", PROCRUN, "export", format, "out", "-u", "root", "--image",
-                    "shop:1"], cwd=str(shop), check=True, stdout=subprocess.DEVNULL)
-    text = ""
-    for path in sorted(each for each in shop.joinpath("out").rglob("*") if each.is_file()):
-        text += "== %s %04o\n%s" % (path.relative_to(shop / "out"), path.stat().st_mode & 0o777,
-                                   path.read_text().replace(str(shop), "ROOT"))
-    text = re.sub(r'Made by procrun export [^\n"]*?(?= -->|"|\n)', "MARK", text)
-    assert text == GOLDEN[format].lstrip("\n")
+def test_the_files_for_upstart(tmp_path):
+    procfile(tmp_path, "web: cd www && ./serve $PORT\n", "SECRET='50% of $x'\n")
+    export(tmp_path, "upstart", "out", app="shop")
+    text = "".join("== %s %04o\n%s" % (path, mode, data.decode().replace(str(tmp_path), "ROOT"))
+                   for path, (mode, data) in sorted(tree(tmp_path / "out").items()))
+    assert re.sub("Made by procrun export .*", "MARK", text) == UPSTART.lstrip("\n")
 
 
 # The real managers -------------------------------------------------------------------------------
@@ -1241,10 +822,54 @@ def runsvdir(location):
         settle(process, tag)
 
 
-MANAGERS = {"supervisord": supervisord, "runit": runsvdir}
+PROCESS_1 = """
+mount --make-rprivate /
+mount --bind "$1" /mnt
+for folder in /tmp /run /var/tmp; do mount -t tmpfs tmpfs "$folder"; done
+mkdir -p "$1"
+mount --move /mnt "$1"
+mount -t proc proc /proc
+exec env -i PATH="$PATH" "$2" container=procrun SYSTEMD_UNIT_PATH="$1/out" /lib/systemd/systemd \
+    --system --unit=all.target --show-status=0
+"""
+
+
+@contextlib.contextmanager
+def systemd(location):
+    """A systemd that is process 1 of a namespace and knows no unit but those of the location;
+    yields what calls systemctl there.  /tmp, /run and /var/tmp are not the machine's."""
+    tag = "PROCRUN_TEST=" + uuid.uuid4().hex
+    wants = " ".join(each.name for each in location.glob("*.target") if each.name.count("-") == 0)
+    for name in "sysinit", "basic", "shutdown", "network", "multi-user", "all":
+        location.joinpath(name + ".target").write_text(
+            "[Unit]\nDescription=x\nDefaultDependencies=no\nWants=%s\n" % (
+                wants if name == "all" else ""))
+    outer = subprocess.Popen(
+        ["unshare", "--pid", "--kill-child", "--mount", "--fork", "--uts", "--ipc", "--cgroup",
+         "sh", "-ec", PROCESS_1, "sh", str(location.parent), tag],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    try:
+        pid = eventually(lambda: children(outer.pid) or outer.poll() is not None)
+
+        def control(*words):
+            return subprocess.run(["nsenter", "-t", str(pid[0]), "-p", "-m", "systemctl", *words],
+                                  timeout=60, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if pid is True or eventually(lambda: outer.poll() is not None or control(
+                "is-active", "all.target").stdout != b"active\n", 30) is True and outer.poll():
+            pytest.skip("systemd cannot be process 1 of a namespace here")
+        yield control
+    finally:
+        outer.kill()
+        outer.wait()
+        eventually(lambda: not leftovers(tag))
+
+
+MANAGERS = {"supervisord": supervisord, "runit": runsvdir, "systemd": systemd}
+STOP = {"supervisord": ("stop", "all"), "runit": ("stop",), "systemd": ("stop", "myapp.target")}
 real = pytest.mark.parametrize("format", [
     pytest.param("supervisord", marks=[as_root, needs("supervisord", "supervisorctl")]),
-    pytest.param("runit", marks=[as_root, needs("runsvdir", "sv", "chpst", "svlogd")])])
+    pytest.param("runit", marks=[as_root, needs("runsvdir", "sv", "chpst", "svlogd")]),
+    pytest.param("systemd", marks=[as_root, needs("systemctl", "unshare", "nsenter")])])
 
 
 # Fidelity: what is run is what start would run ---------------------------------------------------
@@ -1256,14 +881,10 @@ AWKWARD = [
     r"""printf '<%s>' a\ b \' \" \\ \$x \# \; \& \| c\d""",
     r"""printf '<%s>' 'ends in \' "ends in \\" 'a\'b \\'c'""",
     r"""printf '<%s>' '\n' '\x41' "\t" '\\' '\\\' 'C:\dir\new' '\0101' '\ '  ' \x'""",
-    r"""printf '<%s>' last\\""",
-    r"""printf '<%s>' escaped\ \ """,
     r"""printf '<%s>' 'trailing blanks'   """,
     r"""printf '%s|' a\
 b""",
     r"""'printf' '<%s>' quoted program""",
-    r"""\printf '<%s>' escaped program""",
-    r"""'./my prog.sh' 'x y'""",
     r"""./my\ prog.sh "x  y" """,
     r"""$PROGRAM '<%s>' program from a variable""",
     # characters that formats take for something else
@@ -1272,16 +893,12 @@ b""",
     r"""printf '<%s>' '%' %% %h %i %n '%s' '%(ENV_HOME)s' "100%" %%% %""",
     r"""printf '<%s>' '$PORT' "\$PORT" '${PORT}' '$(PORT)' '$$(PORT)' '$$$(PORT)' '$(no)' '$('""",
     r"""printf '<%s>' '$$PORT' '$$' '$$$$' '$' "$" a$ '$%' $; printf '$'""",
-    r"""printf '<%s>' '!' "!x" !y ^q @z ~~ a=b --x=y x=1 +w , a,b : k:v""",
     r"""printf '<%s>' '{a,b}' {a,b} '[x]' 'a*' '?' [section] ']]>' '<!-- --'""",
     r"""printf '<%s>' '<a href="x">' '&amp;' '&lt;' "--" '-->' '<![CDATA['""",
     r"""printf '<%s>' 'end script'; : end script""",
     r"""printf '<%s>' "  leading" "trailing  " '	tab	' 	tabs	between """,
     r"""printf '<%s>' é ünï "日本語" '😀' '$é' "a$é" '%é' \é '$😀'""",
-    "printf '<%s>' 'no' 'characters' '\ufdd0' '\uffff' '\U0001fffe'",
-    b"""printf '<%s>' \xff\xfe 'caf\xe9' '$\xe9' ok""",
-    b"""printf '<%s>' 'a\x01b' 'bell\x07' 'esc\x1b[0m' 'del\x7f' 'nel\xc2\x85' 'nbsp\xc2\xa0'""",
-    b"""printf '<%s>' 'cr\rlf' 'vt\x0b' 'ff\x0c' 'fs\x1c' 'ls\xe2\x80\xa8' 'bom\xef\xbb\xbf'""",
+    "printf '<%s>' 'nbsp\u00a0' 'ls\u2028' 'bom\ufeff'",
     "printf '<%s>' " + "'long word, %' " * 700,
     # expansions
     r"""printf '<%s>' "$PORT" "$PS" $PYTHONUNBUFFERED "$NONE" "${NONE:-no}" ${#PORT} ${PORT%0}""",
@@ -1290,39 +907,19 @@ b""",
     r"""printf '<%s>' $SPACED "$SPACED" "$QUOTED" $QUOTED""",
     r"""printf '<%s>' "${PWD##*/}" *.txt sub/* 'sub/*' no*match""",
     r"""test $$ -gt 1 && printf '<%s>' '$$'""",
-    r"""eval printf "'<%s>'" 'a\ b' '"$PORT"'""",
     # more than one command
     r"""cd sub && printf '<%s>' * "${PWD##*/}" """,
     r"""A=1 sh -c 'printf "<%s>" "$A"'; printf '<%s>' "${A-unset}" """,
-    r"""A=1 B="two words" printf '<%s>' assignments""",
-    r"""printf 'b\na\n' | sort""",
     r"""printf 1; printf 2 && printf 3 || printf 4; false || printf 5; ! false && printf 6""",
-    r"""(printf a; printf b); { printf c; printf d; }""",
-    r"""if true; then printf yes; else printf no; fi""",
-    r"""for i in 1 '2 3' 4; do printf '<%s>' "$i"; done""",
-    r"""case $PORT in 9) printf nine;; *) printf other;; esac""",
-    r"""while read -r line; do printf '<%s>' "$line"; done <lines.txt""",
-    r"""f() { printf '<%s>' "$@"; }; f 'a b' c""",
-    r"""set -- a "b c"; printf '<%s>' "$@" """,
-    r"""trap 'printf bye' EXIT; printf '<%s>' trap""",
     r"""printf '<%s>' background & wait; printf done""",
     r"""{ printf err >&2; printf out; } 2>&1""",
     r"""printf three; exit 3""",
     r"""false; printf '<%s>' "$?" ; set -u; printf '<%s>' "${UNSET-}" """,
+    r"""echo ~ "$HOME" "$USER" "$LOGNAME" """,
     # first words that are not programs, or that only look like it
     r"""exec printf '<%s>' exec""",
-    r"""exec  sh -c 'printf "<%s>" exec two; exit 4'""",
-    r"""exec 3>&1; printf '<%s>' redirected >&3""",
-    r"""command printf '<%s>' command""",
     r""". ./snippet.sh; printf '<%s>' "$SNIPPET" """,
-    r"""umask 027; umask; ulimit -n 64; ulimit -n""",
     r"""[ "$PORT" -gt 1 ] && printf '<%s>' bracket""",
-    r"""type cd >/dev/null && printf '<%s>' builtin""",
-    r"""test -t 0 || printf '<%s>' 'no terminal'""",
-    r"""echo builtin echo""",
-    r"""pwd -P >/dev/null && printf '<%s>' pwd""",
-    r"""env -i A='x y' sh -c 'printf "<%s>" "$A"'""",
-    r"""nice -n 1 printf '<%s>' nice""",
     r"""sh -c 'sh -c "printf \"<%s>\" \"\$0\" \"\$PS\"" "q q"'""",
     r"""python3.nosuch 2>/dev/null || printf '<%s>' "$?" """,
 ]
@@ -1336,10 +933,8 @@ VALUES = [
     b"a=b=c", b"=x", b",", b'a,B="c"', b"a:b", b"!", b"a!b", b"*", b"~", b"&", b"a|b<c>d",
     b"<a>&lt;]]>", b"{[()]}", b"line1\nline2", b"\n", b"\nx", b"x\n", b"x \n y\t\n", b"a\n\nb",
     b"x\nend script\ny", b"x\n\tend  script # c\ny", b"x\n  indented\n", b"x\n[section]\nK=v\n",
-    b"a\\\nb", b"-----BEGIN KEY-----\nMIIB+/==\n-----END KEY-----\n", b"cr\rlf\r\n", b"\x01\x02",
-    b"\x1b[0m", b"\x7f", "é日本😀".encode(), "$é".encode(),
-    "\ufdef\ufffe\U0010ffff".encode(), b"nel\xc2\x85", b"ls\xe2\x80\xa8",
-    b"\xef\xbb\xbfbom", b"\xff\xfe", b"caf\xe9", b'{"a": ["b", 1]}',
+    b"a\\\nb", b"-----BEGIN KEY-----\nMIIB+/==\n-----END KEY-----\n", "é日本😀".encode(),
+    "$é".encode(), b"ls\xe2\x80\xa8", b"\xef\xbb\xbfbom", b'{"a": ["b", 1]}',
     b"postgres://u:p%40ss@h/db?x=1&y=%20#f", b"x" * 3000,
 ]
 
@@ -1348,7 +943,7 @@ def randomly(number, seed):
     """So many random bytes values, full of what is awkward."""
     choose = random.Random(seed)
     alphabet = [bytes([byte]) for byte in b"\\\\\\'\"$%#;=, \t\n`(){}!&ax0n"] + [
-        "é".encode(), b"\xff", b"\r", b"\x1b", b"$(", b"%(", b"end script", b" #", b" ;", b"\\\n"]
+        "é".encode(), b"$(", b"%(", b"end script", b" #", b" ;", b"\\\n"]
     return [b"".join(choose.choice(alphabet) for _ in range(choose.randrange(12)))
             for _ in range(number)]
 
@@ -1358,14 +953,7 @@ def env_line(name, value):
     return b'%s="%s"\n' % (name, re.sub(rb'([\\"$])', rb"\\\1", value).replace(b"\n", b"\\n"))
 
 
-def is_unicode(value):
-    try:
-        return value.decode() is not None
-    except UnicodeDecodeError:
-        return False
-
-
-def awkward_commands(format):
+def awkward_commands():
     """Commands for the Procfile, the variables that they use, and some others."""
     words = [each.replace(b"\n", b"").replace(b"'", b"'\\''") for each in randomly(300, "words")]
     variables = dict(PROGRAM=b"printf", SPACED=b"a  b", QUOTED=b"'a' \"b\\\"", LINES=b"a\n b\n",
@@ -1374,10 +962,9 @@ def awkward_commands(format):
         name.encode(): value for name, value in variables.items()}
 
 
-def awkward_values(format):
+def awkward_values():
     """Commands that show their variables, and these."""
-    values = [each for each in VALUES + randomly(150, "values")
-              if format != "kubernetes" or is_unicode(each)]    # its text is Unicode, or refused
+    values = VALUES + randomly(150, "values")
     all = b" ".join(b'"$V%d"' % number for number in range(len(values)))
     return [b"""env sh -c 'printf "{%s}\n" """.replace(b"\n", b"\\n") + all + b"'",
             rb"""printf '{%s}\n' """ + all + b"; echo ${V0-unset}"], {
@@ -1417,7 +1004,8 @@ def check_awkward(folder, commands, variables, names, actual):
     rights = []
     for number, (command, name) in enumerate(zip(commands, names)):
         own = {b"PYTHONUNBUFFERED": b"1", b"PORT": b"%d" % (6000 + 100 * number), b"PS": name}
-        rights.append(expected(command, str(folder), tuple({**BASE, **variables, **own}.items())))
+        rights.append(expected(command, str(folder), tuple(
+            {**BASE, **USER, **variables, **own}.items())))
         assert rights[-1][0], command
     with concurrent.futures.ThreadPoolExecutor(len(commands)) as pool:    # some wait for a second
         seen = list(pool.map(actual, range(len(commands)), rights))
@@ -1428,8 +1016,8 @@ def check_awkward(folder, commands, variables, names, actual):
 @pytest.mark.parametrize("awkward", [awkward_commands, awkward_values])
 @models
 def test_what_a_manager_would_run_is_what_start_would_run(tmp_path, format, awkward):
-    folder, location = tmp_path / "it's 100% my äpp", tmp_path / "out"
-    commands, variables = awkward(format)
+    folder, location = tmp_path / "it's my äpp", tmp_path / "out"
+    commands, variables = awkward()
     commands = awkward_app(folder, commands, variables)
     export(folder, format, location)
     runs = MODELS[format](location)
@@ -1447,10 +1035,10 @@ def test_what_a_manager_would_run_is_what_start_would_run(tmp_path, format, awkw
 
 
 @needs("systemd-analyze")
-@pytest.mark.parametrize("options", [(), ("-l", "/var/log/my logs 100%")])
+@pytest.mark.parametrize("options", [(), ("-l", "/var/log/my logs")])
 def test_systemd_has_nothing_to_say(tmp_path, options):
-    folder = tmp_path / "it's 100% my äpp"
-    awkward_app(folder, *awkward_commands("systemd"))
+    folder = tmp_path / "it's my äpp"
+    awkward_app(folder, *awkward_commands())
     export(folder, "systemd", tmp_path / "out", *options)
     units = sorted(map(str, (tmp_path / "out").glob("*.target")))
     result = subprocess.run(["systemd-analyze", "verify", *units], stdout=subprocess.PIPE,
@@ -1458,57 +1046,37 @@ def test_systemd_has_nothing_to_say(tmp_path, options):
     assert (result.returncode, result.stdout) == (0, b"")
 
 
-def test_an_upstart_job_has_a_group_of_two_words(tmp_path):
-    def prepare():
-        procrun.primary_group = lambda user: "domain users"
-    export(procfile(tmp_path, "web: a\n"), "upstart", tmp_path / "out", prepare=prepare)
-    job = upstart_job(files(tmp_path / "out")["myapp-web-1.conf"].decode())
-    assert job["setgid"] == ["domain users"]
-
-
-@needs("bash")
-def test_time_is_a_word_of_some_shells(tmp_path):
-    export(procfile(tmp_path, "web: time echo up\n"), "launchd", tmp_path / "out")
-    (argv, *_), = run_by_launchd(tmp_path / "out").values()
-    words = [word.replace(b"/bin/sh", shutil.which("bash").encode() + b" --posix") for word in argv]
-    result = subprocess.run(words[0].split() + words[1:], env={"PATH": "/nowhere"},
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert result.stdout == b"up\n"
-
-
-@pytest.mark.parametrize("format", ["launchd", "supervisord"])
-def test_a_long_value_is_carried_or_refused(tmp_path, format):
-    """A string of the environment has at most 128 KiB, and some bytes have to be escaped."""
-    procfile(tmp_path, "web: a\n", "LONG='%s'\n" % ("\1 a%b" * 25000))
-    assert b"LONG" in export(tmp_path, format, tmp_path / "out", status=1)
-    assert not tmp_path.joinpath("out").exists()
-    procfile(tmp_path, "web: a\n", "LONG='%s'\n" % ("http://x:1/a,b=c " * 7000))
-    export(tmp_path, format, tmp_path / "out")
-
-
-@pytest.mark.parametrize("value", [b"\xff", b"caf\xe9"])
-def test_kubernetes_refuses_what_is_not_unicode(tmp_path, value):
-    procfile(tmp_path, "web: true", env_line(b"NAME", value))
-    assert b"NAME" in export(tmp_path, "kubernetes", tmp_path / "out", status=1)
-    assert not (tmp_path / "out").exists()
-
-
 # Stop means stop ---------------------------------------------------------------------------------
 
 SERVER = r"""
 import os, select, signal, socket, sys
+name, workers = sys.argv[1], []
 def note(text):
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "notes"), "a") as file:
-        file.write("%s %s\n" % (sys.argv[1], text))
+        file.write("%s %s\n" % (name, text))
 def stop(number, frame):
     note("TERM")
-    select.select((), (), (), 0.3)
+    select.select((), (), (), 0.5)
+    for worker in workers:
+        os.kill(worker, signal.SIGUSR1)
+        os.waitpid(worker, 0)
     note("done")
     os._exit(0)
+def work():
+    signal.signal(signal.SIGTERM, lambda *_: note("worker's TERM"))
+    signal.signal(signal.SIGUSR1, lambda *_: (note("worker"), os._exit(0)))
+    while True:
+        signal.pause()
+for _ in range(3 if name.endswith("fork") else 0):
+    workers.append(os.fork())
+    if not workers[-1]:
+        work()
 signal.signal(signal.SIGTERM, stop)
-server = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
+server = socket.create_server(("127.0.0.1", int(os.environ["PORT"]) + 50 * name.endswith("2")))
 while True:
     client, address = server.accept()
+    if client.recv(1) == b"!":
+        os.kill(os.getpid(), signal.SIGKILL)
     client.sendall(b"%s %d" % (os.environ["PS"].encode(), os.getpid()))
     client.close()
 """
@@ -1516,46 +1084,66 @@ STOPPED = """
 web: PYTHON app.py web
 cd: cd sub && PYTHON ../app.py cd
 assign: A=1 PYTHON app.py assign; touch ran
-pipe: PYTHON app.py pipe | cat
+pipe: PYTHON app.py pipe | PYTHON app.py pipe2; touch ran
 paren: (PYTHON app.py paren) && touch ran
 behind: PYTHON app.py behind & wait; touch ran
 exec: exec PYTHON app.py exec
-""".replace("PYTHON", sys.executable + " -S")
+"""
+SHAPES = """
+fork: PYTHON app.py fork
+cdfork: cd sub && PYTHON ../app.py cdfork
+execfork: cd sub && exec PYTHON ../app.py execfork
+script: ./run.sh
+cdscript: cd sub && ../run.sh
+env: env A=1 sh run.sh
+inner: sh -c 'echo x; PYTHON app.py inner; touch ran'
+left: PYTHON app.py left & exec /bin/sleep 1000
+stubborn: trap '' TERM; touch up; /bin/sleep 1000; /bin/sleep 1000
+"""
 
 
 def free_base():
     """A base port whose neighbours, too, are free."""
     for base in random.sample(range(20000, 30000), 100):
         with contextlib.suppress(OSError):
-            for port in (base, base + 1, *range(base + 100, base + 1000, 100)):
+            for port in (base, base + 1, *range(base + 50, base + 1600, 50)):
                 socket.create_server(("127.0.0.1", port)).close()
             return base
     raise AssertionError("no free ports")
 
 
-def name_on(port):
-    """The name and process id that name_on on a port, or None."""
+def name_on(port, word=b"?"):
+    """The name and process id that answer on a port, or None; the word ! kills what is there."""
     with contextlib.suppress(OSError, ValueError):
         with socket.create_connection(("127.0.0.1", port), 5) as client:
+            client.sendall(word)
             name, pid = client.makefile("rb").read().split()
             return name.decode(), int(pid)
 
 
-def stopping_app(folder, more=""):
+def stopping_app(folder, text):
     """Write the app that is to be stopped; return a tag of its processes and its base port."""
-    tag = "APP_TEST=" + uuid.uuid4().hex
+    tag, python = "APP_TEST=" + uuid.uuid4().hex, os.path.realpath(sys.executable) + " -S"
     folder.joinpath("sub").mkdir(parents=True)
     folder.joinpath("app.py").write_text(SERVER)
-    procfile(folder, STOPPED + more, tag)
+    folder.joinpath("run.sh").write_text('#!/bin/sh\n%s "%s/app.py" "${PS%%.*}"\ntouch "%s/ran"\n'
+                                         % (python, folder, folder))
+    folder.joinpath("run.sh").chmod(0o755)
+    procfile(folder, text.replace("PYTHON", python), "%s\nPATH='%s/bin'\n" % (tag, folder))
+    folder.joinpath("bin").mkdir()
+    for name in "sh", "env", "touch":    # and nothing that an export's own helpers might want
+        folder.joinpath("bin", name).symlink_to(shutil.which(name))
     return tag, free_base()
 
 
-def check_stopped(folder, names):
-    """Each got its SIGTERM and was waited for, and the commands behind it did not run."""
+def check_stopped(folder, names, early=False):
+    """Each got one SIGTERM and was waited for, and the commands behind it did not run; workers got
+    theirs from their parent alone, unless they may get one early."""
     notes = folder.joinpath("notes").read_text().splitlines()
     for name in names:
-        assert [line for line in notes if line.split()[0] == name] == [
-            name + " TERM", name + " done"]
+        work = [name + " worker"] * 3 * name.endswith("fork")
+        assert [line for line in notes if line.split()[0] == name and not (
+            early and line.endswith("worker's TERM"))] == [name + " TERM", *work, name + " done"]
     assert not folder.joinpath("ran").exists()
 
 
@@ -1564,8 +1152,8 @@ def awkward_apps(tmp_path, format, location):
     where the output is over and over, as each command is run anew when it has ended."""
     checks = []
     for awkward in awkward_values, awkward_commands:
-        commands, variables = awkward(format)
-        folder = tmp_path / ("it's 100% " + awkward.__name__)
+        commands, variables = awkward()
+        folder = tmp_path / ("it's my " + awkward.__name__)
         commands = awkward_app(folder, commands[::1 if len(commands) < 9 else 7], variables)
         logs = tmp_path / "my logs" / awkward.__name__
         logs.mkdir(parents=True)
@@ -1586,30 +1174,31 @@ def awkward_apps(tmp_path, format, location):
 @needs_linux
 def test_a_real_manager_runs_restarts_and_stops_it_all(tmp_path, format):
     folder, location = tmp_path / "my app", tmp_path / "out"
-    tag, base = stopping_app(folder, "stubborn: trap '' TERM; touch up; sleep 1000; sleep 1000\n")
-    export(folder, format, location, "-c", "web=2", "-p", base, "-t", "1")
+    tag, base = stopping_app(folder, STOPPED + SHAPES)
+    export(folder, format, location, "-c", "web=2", "-p", base, "-t", "2")
     checks = awkward_apps(tmp_path, format, location)
-    ports = {"web.1": base, "web.2": base + 1, "cd.1": base + 100, "assign.1": base + 200,
-             "pipe.1": base + 300, "paren.1": base + 400, "behind.1": base + 500,
-             "exec.1": base + 600}
+    names = re.findall(r"(?m)^(\w+): ", STOPPED + SHAPES)
+    ports = {name + ".1": base + 100 * place for place, name in enumerate(names[:-1])}
+    ports["web.2"] = base + 1
     try:
         with MANAGERS[format](location) as control:
             pids = {name: eventually(lambda: name_on(port), 20) for name, port in ports.items()}
             assert [name for name, _ in pids.values()] == list(ports)
-            for name in "web.1", "cd.1", "pipe.1":
-                os.kill(pids[name][1], signal.SIGKILL)
+            eventually(lambda: name_on(ports["pipe.1"] + 50))
+            for name in "web.1", "cd.1", "exec.1":
+                name_on(ports[name], b"!")
             for check in checks:
                 check()
-            for name in "web.1", "cd.1", "pipe.1":
+            for name in "web.1", "cd.1", "exec.1":
                 eventually(lambda: (name_on(ports[name]) or pids[name]) != pids[name])
             eventually((folder / "up").exists)
-            control("stop", *["all"] * (format == "supervisord"))
-            eventually(lambda: not leftovers(tag))
-            assert not any(map(name_on, ports.values()))
+            control(*STOP[format])
+            if format == "supervisord":    # it waits for the leaders alone
+                eventually(lambda: not leftovers(tag))
+            assert not leftovers(tag)
+            check_stopped(folder, names[1:-1] + ["pipe2"], early=format == "supervisord")
             notes = folder.joinpath("notes").read_text()
             assert notes.count("web TERM") == notes.count("web done") == 2
-            check_stopped(folder, ["cd", "assign", "pipe", "paren", "behind", "exec"])
-            assert not leftovers(tag)
     finally:
         for pid, _ in leftovers(tag):
             os.kill(pid, signal.SIGKILL)
@@ -1646,69 +1235,30 @@ def test_runit_stops_what_it_has_just_started(tmp_path, command, grace):
 
 
 @needs_linux
-@pytest.mark.parametrize("format, to_all", [("upstart", True), ("systemd", False),
-                                            ("launchd", False)])
+@pytest.mark.parametrize("format, to_all", [("upstart", True), ("launchd", False)])
 def test_sigterm_reaches_the_app_and_it_is_waited_for(tmp_path, format, to_all):
     folder, location = tmp_path / "my app", tmp_path / "out"
-    tag, base = stopping_app(folder)
+    tag, base = stopping_app(folder, STOPPED)
     export(folder, format, location, "-p", base)
     leaders = {}
     try:
         for name, (argv, environment, place) in MODELS[format](location).items():
             leaders[name[:-2]] = subprocess.Popen(argv, env=environment, cwd=place,
                                                   stdin=subprocess.DEVNULL, start_new_session=True)
-        for place in range(len(leaders)):
-            eventually(lambda: name_on(base + 100 * place), 20)
+        for port in [*range(base, base + 100 * len(leaders), 100), base + 350]:
+            eventually(lambda: name_on(port), 20)
         for leader in leaders.values():
             (os.killpg if to_all else os.kill)(leader.pid, signal.SIGTERM)
         for name, leader in leaders.items():
             assert leader.wait(10) % 256 in (0, 143)
             assert (name + " done\n") in folder.joinpath("notes").read_text()
-        check_stopped(folder, leaders)
+        check_stopped(folder, [*leaders, "pipe2"])
         eventually(lambda: not leftovers(tag))
     finally:
         for pid, _ in leftovers(tag):
             os.kill(pid, signal.SIGKILL)
         for leader in leaders.values():
             leader.wait()
-
-
-@as_root
-@needs("unshare", "nsenter")
-def test_kubernetes_stops_process_1_and_the_app_below_it(tmp_path):
-    folder, location = tmp_path / "my app", tmp_path / "out"
-    tag, base = stopping_app(folder)
-    export(folder, "kubernetes", location, "-p", base, "-t", "7")
-    items, pods, leaders = kubernetes_items(location), {}, {}
-    if subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"]).returncode:
-        pytest.skip("cannot make a PID namespace here")
-    try:
-        for name, (argv, environment, _) in run_by_kubernetes(location).items():
-            pods[name[:-2]] = subprocess.Popen(
-                ["unshare", "--pid", "--fork", "--mount-proc", *argv], env=environment,
-                cwd=str(folder), stdin=subprocess.DEVNULL, start_new_session=True)
-        for place in range(len(pods)):
-            eventually(lambda: name_on(base + 100 * place), 20)
-        for name, pod in pods.items():
-            with open("/proc/%d/task/%d/children" % (pod.pid, pod.pid)) as file:
-                leaders[name] = int(file.read())
-            spec = items["Deployment", "myapp-" + name]["spec"]["template"]["spec"]
-            assert spec["terminationGracePeriodSeconds"] == 7
-            hook = spec["containers"][0].get("lifecycle", {}).get("preStop")
-            if hook:
-                subprocess.run(["nsenter", "-t", str(leaders[name]), "-p", "-m",
-                                *hook["exec"]["command"]], timeout=7, check=False)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(leaders[name], signal.SIGTERM)
-        for name, pod in pods.items():
-            pod.wait(10)
-        check_stopped(folder, pods)
-        eventually(lambda: not leftovers(tag))
-    finally:
-        for pid, _ in leftovers(tag):
-            os.kill(pid, signal.SIGKILL)
-        for pod in pods.values():
-            pod.wait()
 
 
 # Files: whose they are, and how they come about --------------------------------------------------
@@ -1774,29 +1324,6 @@ def test_copies_elsewhere_and_exports_to_other_folders_are_left_alone(tmp_path, 
     assert {path: after.get(path) for path in before} == before
 
 
-@as_root
-@needs_linux
-@needs("mount", "umount")
-@pytest.mark.parametrize("format, name", [("systemd", "myapp-old-1.service"),
-                                          ("runit", "myapp-old-1/env/PORT")])
-def test_a_file_that_cannot_be_removed_changes_nothing(tmp_path, format, name):
-    location = tmp_path / "out"
-    procfile(tmp_path, "web: a\nold: b\n")
-    export(tmp_path, format, location)
-    path = str(location / name)
-    if subprocess.run(["mount", "--bind", path, path], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("cannot mount here")
-    try:
-        before = tree(location)
-        procfile(tmp_path, "web: changed\nnew: b\n")
-        assert name.encode() in export(tmp_path, format, location, status=1)
-        assert tree(location) == before
-    finally:
-        subprocess.run(["umount", path], check=True)
-    export(tmp_path, format, location)
-    assert not os.path.exists(path)
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_without_the_mark_is_overwritten_only_by_force(tmp_path, format):
     location, fresh = tmp_path / "out", tmp_path / "fresh"
@@ -1831,44 +1358,6 @@ def test_a_mark_counts_only_in_the_first_comment(tmp_path, format):
     export(procfile(tmp_path, "web: a\n"), format, location)
     after = tree(location)
     assert {path: after.get(path) for path in before} == before
-
-
-def test_no_folder_is_left_even_if_nobody_reads_what_is_said(tmp_path):
-    procfile(tmp_path, "web: a\n")
-    export(tmp_path, "runit", "out", "-c", "web=9")
-    with open("/dev/full", "wb") as full:
-        assert ask(tmp_path, "export", "runit", "out", "-a", "myapp", "-u", "root",
-                   stdout=full)[0] == 1
-    export(tmp_path, "runit", "fresh")
-    assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "fresh"))
-
-
-@needs("strace")
-@pytest.mark.parametrize("when", [1, 2, 5])
-def test_an_export_that_was_killed_is_made_again_by_the_same_process_id(tmp_path, when):
-    require_root_and(*UNSHARE, "true")
-    slowly = ["strace", "-o", os.devnull, "-e", "trace=rename"]
-    if subprocess.run([*slowly, "true"], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("strace cannot trace here")
-    command = "export", "systemd", "out", "-a", "myapp", "-u", "root"
-    for count, inject, ended in ((2, None, 0), (1, "inject=rename:signal=KILL:when=%d" % when, 137),
-                                 (1, None, 0), (1, None, 0)):
-        procfile(tmp_path, "web: a\n" + "old: b\n" * (count - 1))
-        status, _, errors = ask(tmp_path, *command, command=[
-            *UNSHARE, *slowly, "-e", inject or "signal=none", *compiled()])
-        assert status == ended, errors
-    export(tmp_path, "systemd", "fresh")
-    assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "fresh"))
-
-
-@pytest.mark.parametrize("format", ["upstart", "systemd"])
-def test_a_file_of_another_app_is_not_overwritten(tmp_path, format):
-    location = tmp_path / "out"
-    procfile(tmp_path, "web: a\n")
-    export(tmp_path, format, location, app="myapp-web")
-    before = tree(location)
-    assert b"myapp-web" in export(tmp_path, format, location, status=1)
-    assert tree(location) == before
 
 
 @pytest.mark.parametrize("format", ["upstart", "systemd", "runit"])
@@ -1907,13 +1396,6 @@ def test_values_are_for_the_owner_alone(tmp_path, format):
                      if data is not None}
 
 
-def test_kubernetes_has_a_port_for_each_type_that_is_not_run_too(tmp_path):
-    procfile(tmp_path, "worker: a\nweb: b\n")
-    status, out, errors = call(tmp_path, *"export kubernetes out --image i -p 65500 -c web=0".split())
-    assert (status, out) == (1, b"") and b"65535" in errors
-    assert not tmp_path.joinpath("out").exists()
-
-
 @needs("strace")
 def test_ctrl_c_does_not_halve_an_export(tmp_path):
     procfile(tmp_path, "web: a\n")
@@ -1924,7 +1406,7 @@ def test_ctrl_c_does_not_halve_an_export(tmp_path):
              python=(*slowly, *compiled())) as run:
         eventually(lambda: tmp_path.joinpath("out").exists() and os.listdir(str(tmp_path / "out")))
         os.kill(children(run.pid)[0], signal.SIGINT)
-        assert run.wait() == 0
+        assert run.wait() == -signal.SIGINT
     assert len(os.listdir(str(tmp_path / "out"))) == 23
 
 
@@ -1950,61 +1432,7 @@ def test_no_file_is_ever_open_to_others(tmp_path, format):
     assert sum(line.startswith("fsync") for line in lines) >= len(files(tmp_path / "out"))
 
 
-def limit_files():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-
-
-@pytest.mark.parametrize("format", SOME)
-def test_a_full_disk_changes_nothing(tmp_path, format):
-    location = tmp_path / "out"
-    procfile(tmp_path, "web: a\nworker: b\n", "SMALL=1\n")
-    export(tmp_path, format, location, "-c", "web=3")
-    before = tree(location)
-    procfile(tmp_path, "web: changed\nother: b\n", "SMALL=2\nZ=%s\n" % ("x" * 30000))
-    said = export(tmp_path, format, location, status=1, prepare=limit_files)
-    assert b"too large" in said.lower()
-    assert tree(location) == before
-    export(tmp_path, format, tmp_path / "new" / "er", status=1, prepare=limit_files)
-    assert not (tmp_path / "new").exists() or not files(tmp_path / "new")
-    export(tmp_path, format, location)
-    assert tree(location) != before
-
-
-@as_root
-@needs_linux
-@needs("mount", "umount")
-@pytest.mark.parametrize("options, problem", [("size=16k", b"No space"), ("ro", b"Read-only")])
-def test_a_full_or_read_only_file_system(tmp_path, options, problem):
-    location = tmp_path / "out"
-    location.mkdir()
-    procfile(tmp_path, "web: a\n" + "".join("w%d: b\n" % number for number in range(9)))
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "procrun", str(location)],
-                      stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("cannot mount here")
-    try:
-        if options != "ro":
-            export(tmp_path, "upstart", location, "-m", "web=1")
-        before = tree(location)
-        assert problem in export(tmp_path, "upstart", location, "-m", "all=1", status=1)
-        assert tree(location) == before
-    finally:
-        subprocess.run(["umount", str(location)], check=True)
-
-
-def test_places_that_cannot_be_written(tmp_path):
-    procfile(tmp_path, "web: a\n")
-    tmp_path.joinpath("file").write_text("text")
-    for location, problem in (("file", b"file"), ("file/below", b"file"),
-                              ("/dev/null", b"/dev/null"), ("/proc/nowhere/x", b"")):
-        assert problem in export(tmp_path, "upstart", location, status=1)
-    assert tmp_path.joinpath("file").read_text() == "text"
-    tmp_path.joinpath("closed").mkdir(mode=0o500)
-    if os.geteuid():
-        export(tmp_path, "upstart", "closed", status=1)
-        assert not files(tmp_path / "closed")
-
-
-@pytest.mark.parametrize("format", SOME)
+@pytest.mark.parametrize("format", ["upstart", "runit"])
 def test_a_directory_where_a_file_should_be(tmp_path, format):
     location = tmp_path / "out"
     procfile(tmp_path, "web: a\nworker: b\n")
@@ -2036,25 +1464,6 @@ def test_a_symlink_in_the_way_is_not_followed(tmp_path, format, there):
     assert not there or target.read_text() == "precious\n"
 
 
-def test_a_symlink_for_a_service_directory_is_not_followed(tmp_path):
-    location, target = tmp_path / "out", tmp_path / "target"
-    procfile(tmp_path, "web: a\n")
-    location.mkdir(), target.mkdir()
-    target.joinpath("run").write_text("precious\n")
-    location.joinpath("myapp-web-1").symlink_to(target)
-    export(tmp_path, "runit", location, status=1)
-    assert tree(target) == {"run": (0o644, b"precious\n")}
-
-
-@pytest.mark.parametrize("format", SOME)
-def test_location_may_be_a_symlink_and_is_made_if_missing(tmp_path, format):
-    procfile(tmp_path, "web: a\n")
-    tmp_path.joinpath("real").mkdir()
-    tmp_path.joinpath("link").symlink_to("real")
-    export(tmp_path, format, "link/new/deep")
-    assert files(tmp_path / "real" / "new" / "deep")
-
-
 @pytest.mark.parametrize("format", FORMATS)
 def test_dry_run_writes_nothing_and_masks_values(tmp_path, format):
     procfile(tmp_path, "web: run me\n", "SECRET=s3cr3t\nOTHER='0th3r\n'\n")
@@ -2083,7 +1492,8 @@ def test_same_input_same_bytes_and_each_file_says_how_to_make_it(tmp_path, forma
     for path, data in times.items():
         mark = re.search(rb"Made by procrun export \w+ for the app myapp\. .*", data)
         assert mark and format.encode() in mark[0], path
-        assert b"cd %s && " % os.fsencode(tmp_path) in mark[0] and b"web=2" in mark[0]
+        assert (b"cd %s && " % os.fsencode(tmp_path) in mark[0] and b"web=2" in mark[0]) == (
+            format != "kubernetes")
 
 
 # What it refuses, and what it says ---------------------------------------------------------------
@@ -2105,25 +1515,6 @@ def test_what_cannot_be_carried_is_refused(tmp_path, format, options, said):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("format, text", list(zip(FORMATS * 2, [
-    b"A=1\n1X=2\n", b"A='\0'\n", b"A=x\0y\n"] * 4)))
-def test_variables_that_cannot_be_carried_are_refused(tmp_path, format, text):
-    export(procfile(tmp_path, "web: a\n", text), format, "out", status=1)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("app, name", [
-    ("2048", "web"), ("app-", "worker"), ("app", "-web"), ("app", "web-"), ("app", "Web"),
-    ("app", "a_b"), ("my.app", "worker"), ("app", "x" * 60)])
-def test_names_that_kubernetes_does_not_take(tmp_path, app, name):
-    """Labels and containers: RFC 1123, services: RFC 1035; see its "Object Names and IDs"."""
-    procfile(tmp_path, "%s: a\nother: b\n" % name)
-    said = export(tmp_path, "kubernetes", "out", app=app, status=1)
-    assert b"kubernetes takes no " in said and not tmp_path.joinpath("out").exists()
-    procfile(tmp_path, "worker: a\n")
-    export(tmp_path, "kubernetes", "out", app="2048")
-
-
 @pytest.mark.parametrize("words", [
     "start -f -", "start -d . -f ROOT/Procfile", "run true",
     "export upstart ROOT/out -u root -d ROOT", "export upstart out -u root -d ROOT"])
@@ -2141,18 +1532,6 @@ def test_an_empty_command_is_none(tmp_path):
     assert (status, out) == (2, b"") and re.fullmatch(rb"procrun: run what\?[^\n]*\n", errors)
 
 
-def test_the_name_of_a_link_is_the_apps(tmp_path):
-    real, here = tmp_path / "real", tmp_path / "here"
-    real.mkdir()
-    here.mkdir()
-    procfile(real, "web: pwd -P\n")
-    tmp_path.joinpath("current").symlink_to(real)    # as releases are deployed
-    export(here, "systemd", "out", "-d", "../current", app="")
-    assert sorted(files(here / "out"))[0] == "current-web-1.service"
-    assert b"WorkingDirectory=%s/current\n" % os.fsencode(tmp_path) in files(here / "out")[
-        "current-web-1.service"]
-
-
 def test_the_command_that_starts_it_can_be_pasted(tmp_path):
     procfile(tmp_path, "web: a\n")
     said = export(tmp_path, "runit", "it is here")
@@ -2163,32 +1542,18 @@ def test_the_command_that_starts_it_can_be_pasted(tmp_path):
     assert tmp_path.joinpath("service", "myapp-web-1", "run").exists()
 
 
-def test_kubernetes_needs_an_image(tmp_path):
-    procfile(tmp_path, "web: a\n")
-    result = subprocess.run([sys.executable, PROCRUN, "export", "kubernetes", "out", "-a", "app"],
-                            cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert result.returncode in (1, 2) and b"--image" in result.stdout
-
-
-@pytest.mark.parametrize("format", ["upstart", "systemd", "runit"])
-def test_unknown_users_are_warned_of(tmp_path, format):
-    procfile(tmp_path, "web: a\n")
-    said = export(tmp_path, format, "out", "-u", "nosuchuser")
-    assert re.search(rb"warning.*nosuchuser", said) and files(tmp_path / "out")
-    assert b"warning" not in export(tmp_path, format, "out")
-
-
 def test_user_units_and_the_user(tmp_path):
     procfile(tmp_path, "web: a\n")
     said = export(tmp_path, "systemd", "out", "-u", "nosuchuser", "--user-units")
     units = files(tmp_path / "out")
     assert not any(b"User=" in data for data in units.values())
     assert b"WantedBy=default.target" in units["myapp.target"]
+    assert b"\nSyslogIdentifier=myapp-web-1\n" in units["myapp-web-1.service"]
     assert b"systemctl --user" in said and b"linger" in said
     assert b"linger" not in export(tmp_path, "upstart", "jobs", "--user-units")
 
 
-@pytest.mark.parametrize("format", SOME)
+@pytest.mark.parametrize("format", ["upstart", "runit"])
 def test_the_apps_name_is_the_folders(tmp_path, format):
     folder = tmp_path / "shop"
     folder.mkdir()
@@ -2199,48 +1564,9 @@ def test_the_apps_name_is_the_folders(tmp_path, format):
         assert any("shop-web-1" in path for path in files(tmp_path / "out"))
     export(tmp_path, format, tmp_path / "again", "-d", folder, "-f", folder / "Procfile", app="")
     assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "again"))
-
-
-def test_kubernetes_objects(tmp_path):
-    procfile(tmp_path, "web: a\nworker: b\nclock: c\n", "SECRET=s3cr3t\nPORT=4000\n")
-    export(tmp_path, "kubernetes", "out", "-c", "web=3,clock=0", "-t", "2.5")
-    items = kubernetes_items(tmp_path / "out")
-    assert [kind for kind, _ in items].count("Deployment") == 3
-    replicas = {name: item["spec"]["replicas"] for (kind, name), item in items.items()
-                if kind == "Deployment"}
-    assert replicas == {"myapp-web": 3, "myapp-worker": 1, "myapp-clock": 0}
-    for (kind, name), item in items.items():
-        assert item["apiVersion"] == ("apps/v1" if kind == "Deployment" else "v1")
-        assert item["metadata"]["labels"]["app.kubernetes.io/name"] == "myapp"
-        if kind == "Deployment":
-            pod = item["spec"]["template"]
-            selector = item["spec"]["selector"]["matchLabels"]
-            assert selector.items() <= pod["metadata"]["labels"].items()
-            assert pod["spec"]["terminationGracePeriodSeconds"] == 3
-            assert pod["spec"]["containers"][0]["image"] == "example/app:1"
-            assert b"s3cr3t" not in json.dumps(item).encode()
-    (service,) = [item for (kind, _), item in items.items() if kind == "Service"]
-    web = items["Deployment", "myapp-web"]["spec"]["template"]
-    assert service["spec"]["selector"].items() <= web["metadata"]["labels"].items()
-    assert service["spec"]["ports"][0]["targetPort"] == 4000
-    (secret,) = [item for (kind, _), item in items.items() if kind == "Secret"]
-    assert secret["stringData"]["SECRET"] == "s3cr3t"
-
-
-def test_upstart_levels(tmp_path):
-    procfile(tmp_path, "web: a\nworker: b\n")
-    export(tmp_path, "upstart", "out", "-c", "web=2", "-t", "7")
-    jobs = {path: upstart_job(data.decode()) for path, data in files(tmp_path / "out").items()}
-    assert sorted(jobs) == ["myapp-web-1.conf", "myapp-web-2.conf", "myapp-web.conf",
-                            "myapp-worker-1.conf", "myapp-worker.conf", "myapp.conf"]
-    assert jobs["myapp.conf"] == {"start on": ["runlevel", "[2345]"],
-                                  "stop on": ["runlevel", "[!2345]"]}
-    assert jobs["myapp-web.conf"] == {"start on": ["starting", "myapp"],
-                                      "stop on": ["stopping", "myapp"]}
-    job = jobs["myapp-web-2.conf"]
-    assert job["start on"] == ["starting", "myapp-web"]
-    assert job["stop on"] == ["stopping", "myapp-web"]
-    assert job["kill timeout"] == ["7"] and job["chdir"] == [str(tmp_path)]
+    tmp_path.joinpath("current").symlink_to(folder)    # as releases are deployed
+    export(tmp_path, format, tmp_path / "linked", "-d", "current", app="")
+    assert all(path.startswith("current") for path in files(tmp_path / "linked"))
 
 
 @pytest.mark.parametrize("format, setting", [
@@ -2256,21 +1582,207 @@ def test_grace_is_in_whole_seconds_and_never_none(tmp_path, format, setting):
     assert re.search(setting.replace(b"3", b"1"), b"".join(files(tmp_path / "out").values()))
 
 
-def test_log_files(tmp_path):
-    logs = tmp_path / "it's 100% logs"
-    logs.mkdir()
-    procfile(tmp_path, "web: echo out; echo err >&2\n")
-    for format in "upstart", "systemd", "launchd":
-        export(tmp_path, format, tmp_path / format, "-l", logs)
-    argv, environment, place = run_by_upstart(tmp_path / "upstart")["web-1"]
-    assert outcome(argv, environment, place) == (b"", 0)
-    assert logs.joinpath("web-1.log").read_text() == "out\nerr\n"
-    unit = systemd_unit(files(tmp_path / "systemd")["myapp-web-1.service"])
-    path = os.fsencode(logs / "web-1.log")
-    assert list(map(systemd_specifiers, unit["StandardOutput"])) == [b"append:" + path]
-    assert unit["StandardError"] in ([b"inherit"], unit["StandardOutput"])
-    (plist,) = map(plistlib.loads, files(tmp_path / "launchd").values())
-    assert plist["StandardOutPath"] == plist["StandardErrorPath"] == str(logs / "web-1.log")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("command, env, said", [
+    (b"a", b"OK=1\nBELL='\a'\n", b"BELL"), (b"a", b"CR='x\ry'\n", b"CR"),
+    (b"a", b"BYTES=caf\xe9\n", b"BYTES"), (b"a", "NONE=\uffff\n".encode(), b"NONE"),
+    (b"a", "NEL=\u0085\n".encode(), b"NEL"), (b"a", b"LONG=" + b"x" * (127 << 10), b"LONG"),
+    (b"a \x1b[0m", b"", b"web"), (b"a \xff", b"", b"web"), (b"a" * (127 << 10), b"", b"web"),
+    (b"a", b"A=1\n1X=2\n", b"1X"), (b"a", b"NUL='\0'\n", b"NUL"),
+])
+def test_values_commands_and_names_that_cannot_be_exported(tmp_path, format, command, env, said):
+    procfile(tmp_path, b"ok: a\nweb: %s\n" % command, env)
+    assert said in export(tmp_path, format, "out", status=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format, options, text, said", [
+    ("upstart", "-u nosuch", "web: a", b"no user `nosuch`"),
+    ("supervisord", "-u nosuch", "web: a", b"no user `nosuch`.*refuses its whole configuration"),
+    ("supervisord", "-l /nosuch", "web: a", b"no directory /nosuch.*refuses its whole"),
+    ("systemd", "-l /nosuch", "web: a", b"no directory /nosuch for the logs\n"),
+    ("upstart", "-l /tmp", "web: a", b"`root` must be able to write to /tmp"),
+    ("runit", "", "web: a\nrelease: b", b"release is meant to run once: -c release=0"),
+])
+def test_warnings(tmp_path, format, options, text, said):
+    procfile(tmp_path, text)
+    assert re.search(b"procrun: warning: [^\n]*" + said,
+                     export(tmp_path, format, "out", *options.split()))
+    assert b"warning: " not in export(tmp_path, format, "out", "-c", "all=1,web=1" + (
+        ",release=0" if "release" in text else ""))
+
+
+@pytest.mark.parametrize("link", ["myapp-web-1", "myapp-web-1/control", "myapp-web-1/log"])
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_a_link_below_the_location_is_not_followed(tmp_path, link, options):
+    location, target = tmp_path / "out", tmp_path / "target"
+    procfile(tmp_path, "web: a\n")
+    target.mkdir()
+    target.joinpath("run").write_text("precious\n")
+    location.joinpath(link).parent.mkdir(parents=True)
+    location.joinpath(link).symlink_to(target)
+    before = tree(tmp_path)
+    assert link.encode() in export(tmp_path, "runit", location, *options, status=1)
+    assert tree(tmp_path) == before
+
+
+def test_the_location_may_be_a_link_and_is_made_if_missing(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    tmp_path.joinpath("real").mkdir()
+    tmp_path.joinpath("link").symlink_to("real")
+    export(tmp_path, "runit", "link/new/deep")
+    assert files(tmp_path / "real" / "new" / "deep")
+
+
+def test_a_location_that_cannot_be_written_is_named(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    tmp_path.joinpath("file").write_text("text")
+    for location in tmp_path / "file", tmp_path / "file" / "below", "/dev/null":
+        said = export(tmp_path, "upstart", location, status=1)
+        assert said.startswith(b"procrun: %s: Not a directory;" % os.fsencode(location))
+    assert export(tmp_path, "upstart", "/proc/x", status=1).startswith(b"procrun: /proc/x: ")
+    assert tmp_path.joinpath("file").read_text() == "text"
+
+
+@needs("strace")
+@pytest.mark.parametrize("inject, ended, said", [
+    ("write:error=ENOSPC:when=3", 1, rb"procrun: ROOT/out: No space left.* removed: nothing"),
+    ("rename:error=EROFS:when=1", 1, rb"procrun: ROOT/out/myapp.env: .* removed: nothing"),
+    ("rename:error=EROFS:when=3", 1,
+     rb"procrun: ROOT/out/\S+: .* removed: ROOT/out/myapp.env, ROOT/out/myapp-web-1.service\n"),
+    ("unlink:error=EROFS:when=1", 1, rb"procrun: ROOT/out/myapp-old-1.service: .*, ROOT/out/my"),
+    ("rename:signal=KILL:when=2", 137, b""), ("write:signal=KILL:when=2", 137, b"")])
+def test_an_export_that_fails_or_is_killed_midway(tmp_path, inject, ended, said):
+    strace = ["strace", "-o", os.devnull, "-e", "trace=" + inject.split(":")[0], "-e"]
+    if subprocess.run([*strace, "inject=" + inject, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("strace cannot trace here")
+    location = tmp_path / "out"
+    command = "export", "systemd", "out", "-a", "myapp", "-u", "root"
+    procfile(tmp_path, "web: a\nold: b\n")
+    export(tmp_path, "systemd", location)
+    before = tree(location)
+    procfile(tmp_path, "web: changed\nnew: b\n")
+    status, _, errors = ask(tmp_path, *command, command=[*strace, "inject=" + inject, *compiled()])
+    assert status % 256 in (ended, 128 + ended - 9, -9 % 256), errors
+    assert re.match(said.replace(b"ROOT", re.escape(os.fsencode(tmp_path))), errors)
+    if inject.startswith("write") and ended == 1:
+        assert tree(location) == before
+    if ended == 1:
+        assert not list(location.glob(".*"))
+    export(tmp_path, "systemd", location)
+    export(tmp_path, "systemd", tmp_path / "fresh")
+    assert set(tree(location)) == set(tree(tmp_path / "fresh"))
+
+
+def test_what_is_installed_stays_a_success_whoever_reads(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    command = "export", "runit", "out", "-a", "myapp", "-u", "root"
+    with open("/dev/full", "wb") as full:
+        status, _, errors = ask(tmp_path, *command, "-c", "web=9", stdout=full)
+    assert (status, errors.count(b"\n")) == (0, 1) and b"No space" in errors
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x")
+    for more in (), ("--dry-run",):
+        process = subprocess.Popen([*compiled(), *command, *more], cwd=str(tmp_path),
+                                   stdout=writing, stderr=subprocess.PIPE)
+        output = b""
+        while b"start it with" not in output and b"exec chpst" not in output:
+            output += os.read(reading, 100)
+        while select.select([reading], (), (), 0)[0] or process.poll() is None:
+            os.read(reading, 1 << 16) if select.select([reading], (), (), 0.1)[0] else None
+        assert (process.wait(), process.stderr.read()) == (0, b"")
+        process.stderr.close()
+    os.close(reading), os.close(writing)
+    export(tmp_path, "runit", "fresh")
+    assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "fresh"))
+
+
+@needs_linux
+@pytest.mark.parametrize("shell", [
+    pytest.param(each.split(), marks=needs(each.split()[0]))
+    for each in ("busybox sh", "dash", "bash --posix", "mksh", "zsh --emulate sh")])
+def test_what_stops_an_instance_runs_in_every_shell(tmp_path, shell):
+    """The scripts of runit, without it, with a PATH of their own."""
+    tag, location = "APP_TEST=" + uuid.uuid4().hex, tmp_path / "out"
+    procfile(tmp_path, "web: sh -c 'sleep 1000 & trap \"\" TERM; touch up; wait' && touch ran\n")
+    export(tmp_path, "runit", location, "-t", "1")
+    service = location / "myapp-web-1"
+    text = re.search(r"(?s)exec 3<&-; (.*)'\n", service.joinpath("run").read_text())[1]
+    leader = subprocess.Popen(["/bin/sh", "-c", text.replace("'\\''", "'")], cwd=str(tmp_path),
+                              env={"PATH": os.environ["PATH"], **dict([tag.split("=")])},
+                              start_new_session=True)
+    eventually(tmp_path.joinpath("up").exists)
+    service.joinpath("supervise").mkdir()
+    for name in "pid", "group":
+        service.joinpath("supervise", name).write_text("%d\n" % leader.pid)
+    for script in "control/t", "finish":
+        done = subprocess.run([*shell, script], cwd=str(service), stdin=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, timeout=20)
+        assert (done.returncode, done.stderr) == (0, b"")
+        leader.wait(10)
+    eventually(lambda: not leftovers(tag))
+    assert not tmp_path.joinpath("ran").exists()
+
+
+def test_kubernetes_objects(tmp_path):
+    procfile(tmp_path, "Worker: a\nweb: b && c\nclock_1: exec d\n", "SECRET=s3cr3t\nPORT=4000\n")
+    export(tmp_path, "kubernetes", "out", "-c", "web=3,clock_1=0", "-t", "2.5")
+    items = kubernetes_items(tmp_path / "out")
+    assert sorted(items) == [
+        ("Deployment", "myapp-clock-1"), ("Deployment", "myapp-web"),
+        ("Deployment", "myapp-worker"), ("Secret", "myapp-env"), ("Service", "myapp-web")]
+    deployments = {name: item for (kind, name), item in items.items() if kind == "Deployment"}
+    assert [each["spec"]["replicas"] for each in deployments.values()] == [1, 3, 0]
+    for name, item in deployments.items():
+        spec, pod = item["spec"], item["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert spec["selector"]["matchLabels"] == spec["template"]["metadata"]["labels"]
+        assert (pod["terminationGracePeriodSeconds"], pod["shareProcessNamespace"],
+                pod["enableServiceLinks"], container["image"]) == (3, True, False, "example/app:1")
+        surge = {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+        assert spec.get("strategy") == (None if name == "myapp-web" else surge)
+        assert ("readinessProbe" in container) == ("ports" in container) == (name == "myapp-web")
+        assert "workingDir" not in container
+    web = deployments["myapp-web"]["spec"]["template"]["spec"]["containers"][0]
+    assert web["ports"] == [{"name": "http", "containerPort": 4100}]
+    assert web["readinessProbe"] == {"tcpSocket": {"port": "http"}}
+    service = items["Service", "myapp-web"]["spec"]
+    assert service["ports"] == [{"port": 80, "targetPort": "http"}]
+    assert service["selector"] == deployments["myapp-web"]["spec"]["selector"]["matchLabels"]
+    modes = {path: mode for path, (mode, _) in tree(tmp_path / "out").items()}
+    assert modes == {"myapp.json": 0o644, "myapp-secret.json": 0o600}
+    public = files(tmp_path / "out")["myapp.json"]
+    assert not re.search(rb"s3cr3t|%s|\{\}|\[\]" % base64.b64encode(b"s3cr3t"), public)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    procfile(elsewhere, "Worker: a\nweb: b && c\nclock_1: exec d\n", "SECRET=s3cr3t\nPORT=4000\n")
+    export(elsewhere, "kubernetes", "out", "-c", "web=3", "-c", "clock_1=0", "-t", "2.5")
+    assert files(elsewhere / "out") == files(tmp_path / "out")
+    procfile(elsewhere, "Worker: a\n", "SECRET=other\n")
+    export(elsewhere, "kubernetes", "out")
+    digests = [kubernetes_items(place / "out")["Deployment", "myapp-worker"]["spec"]["template"][
+        "metadata"]["annotations"]["procrun/environment"] for place in (tmp_path, elsewhere)]
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("app, text, options, said", [
+    ("2048", "web: a", "", "no service"), ("app-", "worker: a", "", "app-"),
+    ("app", "-web: a", "", "-web"), ("app", "web-: a", "", "web-"),
+    ("my.app", "w: a", "", "my.app"), ("app", "w: a\nweb: b", "-p 65500 -c web=0", "65535"),
+    ("app", "x" * 60 + ": a", "", "app-xxx"), ("app", "a_b: a\nA-B: a", "", "`a-b`"),
+    ("app", "web: a", "-l logs", "-l"), ("app", "web: a", "--image=", "--image"),
+    ("app", "web: a", "--image=a\tb", "--image"),
+    ("app", "web: a", "-e big", "1 MiB")])
+def test_what_kubernetes_does_not_take(tmp_path, app, text, options, said):
+    """Labels and containers: RFC 1123, services: RFC 1035; see its "Object Names and IDs"."""
+    procfile(tmp_path, text + "\n")
+    tmp_path.joinpath("big").write_text("".join("V%d=%s\n" % (n, "x" * 120000) for n in range(9)))
+    told = export(tmp_path, "kubernetes", "out", *filter(None, options.split(" ")), app=app,
+                  status=1)
+    assert said.encode() in told and not tmp_path.joinpath("out").exists()
 
 
 # Output ------------------------------------------------------------------------------------------
@@ -5034,26 +4546,6 @@ def test_a_full_disk_is_one_line(tmp_path, command):
         status, _, errors = ask(app, *command, stdout=full)
     assert status == 1
     assert errors == b"procrun: cannot write the output: No space left on device\n"
-
-
-def test_an_export_is_whole_even_if_nobody_reads_what_it_says(tmp_path):
-    app, location = procfile(tmp_path, "a: x\nb: y\n"), tmp_path / "out"
-    assert ask(app, "export", "systemd", "out", "-u", "root", "-a", "app")[0] == 0
-    reading, writing = os.pipe()
-    os.close(reading)
-    status, _, errors = ask(app, "export", "systemd", "out", "-u", "root", "-a", "app", "-m", "a=1",
-                            stdout=writing)
-    os.close(writing)
-    assert (status, errors) == (1, b"procrun: cannot write the output: Broken pipe\n")
-    assert sorted(path.name for path in location.iterdir()) == [
-        "app-a-1.service", "app-a.target", "app.env", "app.target"]
-
-
-def test_an_app_with_two_hyphens_is_exported_again(tmp_path):
-    """A comment in XML cannot hold them."""
-    app = procfile(tmp_path, "a: x\n")
-    for _ in range(2):
-        assert ask(app, "export", "launchd", "out", "-u", "root", "-a", "my--app")[0] == 0
 
 
 def test_inherited_files_count_towards_the_limit(tmp_path):
