@@ -38,26 +38,35 @@ run has that of the command, 127 if it is not found, or 126 if it cannot be exec
 """
 # How the file is built.  Data travels downwards: text becomes process types, these become
 # instances, these become files for a process manager, or children.  All that only computes stands
-# above all that talks to the kernel.  The cases that gave the lower half its shape:
+# above all that talks to the kernel.  Below, procrun is two processes:
 #
-# - kill -9 of procrun runs no code of procrun.  So there are two processes: in front the one that
-#   was called, which reads, prints and decides, and behind it the guard, which forks, signals and
-#   reaps.  Orders go from one to the other by a pipe; when it ends, the guard ends all by itself.
-# - A child leads a session and a group of its own, so that one signal reaches all that it started
-#   and the terminal's Ctrl-C reaches none of it: a child gets one signal, the one procrun sends.
+#                 orders: signals, typed commands, "nobody reads any more"
+#     user --->  FRONT -------------------------------------------------> GUARD ---> children
+#     terminal <-- shows <--------------------------------------------- decides,        |
+#                  ^     reports: started, ended, a line to say,        forks, signals, |
+#                  |     the exit status                                reaps           |
+#                  +---------------- output: a pipe or PTY for each <-------------------+
+#
+# - kill -9 of procrun runs no code of procrun.  So the guard decides alone, and the end of its
+#   orders is one more order: the front is gone, end the set.  The front only shows.  It does not
+#   trust the guard to be alive: no wait is without a limit.
+# - A child leads a session and a group of its own.  The terminal's Ctrl-C does not reach it, so it
+#   gets one signal, the one that the guard sends.
+# - First the program, then what it leaves: SIGTERM goes to the leader alone (and to what a shell
+#   runs that waits for it), and to the rest of its group when it has ended.  Servers tell their
+#   own workers; a signal that comes past them costs work.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
-# - Only ids that the kernel still reserves for us are signalled: dead children are looked at,
-#   their group is signalled, and only then are they reaped (on macOS, as nearly as can be).
-# - Nothing but select() waits as long as there is anything to do.  Signals arrive as bytes in a
-#   pipe, stdout is waited for like any other file descriptor, and while it takes nothing no child
-#   is read: that is the back-pressure.
+# - The guard keeps its ends of the pipes open, so an instance can be forked anew on the same pipe.
+#   An instance is read only after its start was reported: no output stands before it.
+# - Only select() waits.  Signals arrive as bytes in a pipe, stdout is waited for like any other
+#   file descriptor, and while it takes nothing no child is read: that is the back-pressure.
 import os
 import sys
 
 if not hasattr(os, "fork"):
     sys.exit("procrun: this system has no fork(); procrun needs Linux, macOS or another Unix")
-if __name__ == "__main__" and not sys.flags.isolated:
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     sys.path.pop(0)    # the app's folder: its own signal.py or resource.py is not meant below
 
 import errno
@@ -66,6 +75,7 @@ import select
 import selectors
 import signal
 import stat
+import struct
 import time
 from collections import namedtuple
 from functools import partial
@@ -73,11 +83,19 @@ from functools import partial
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before there is anything: no traceback
 
-import fcntl
-import resource
-import termios
+try:
+    import fcntl
+    import resource
+    import termios
+    import tty
+except ImportError as missing:
+    sys.exit("procrun: %s; this Python is not complete (on Debian, apt install python3)" % missing)
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
+MOST_NAMES = 10        # in one line
+MOST_HELD = 1 << 24    # bytes: what is held back of other processes while one is attached
+SETTLING = 0.1         # seconds: so long a shell may take to fork a program
+ONE_REQUEST = 0.4      # seconds: the terminal and npm both deliver Ctrl-C, so two are one
 QUIET = 0.2            # seconds after which a line without its newline is shown
 LAST = 0.5             # seconds that the end of a shutdown may take, after SIGKILL
 CHUNK = 1 << 20        # bytes: one read, and the most that is kept of a line without its newline
@@ -422,13 +440,13 @@ def selected(names, instances, option):
 File = namedtuple("File", "path mode text")
 File.__doc__ = "A file to be written: its path below the location, its permission bits, its text."
 
-Plan = namedtuple("Plan", "app user group root log grace mark variables types counts base image "
+Plan = namedtuple("Plan", "format app user group root log grace mark variables counts image "
                           "user_units location")
-Plan.__doc__ = """What an export is about, beside the instances: names of the app, the user and the
-user's group; root directory; directory of log files or ""; grace period in whole seconds, 1 or
-more; the text of the first comment; the variables that all instances share (str to str); the
-process types, {type: concurrency} and the base port; the options --image and --user-units; and the
-absolute path of the location."""
+Plan.__doc__ = """What an export is about, beside the instances: the format; names of the app,
+the user and the user's group; root directory; directory of log files or ""; grace period in whole
+seconds, 1 or more; the text of the first comment; the variables that all instances share (str to
+str); {type: concurrency}; the options --image and --user-units; and the absolute path of the
+location."""
 
 FORWARD = """trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 CHILDREN = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
@@ -488,11 +506,16 @@ def stop_leader(text):
     return "kill -TERM $pid"
 
 
-def template_values(plan, each, **others):
-    """What the templates of the formats are filled with, for one instance."""
-    log = "%s/%s.log" % (plan.log, each.dashed) if plan.log else ""
-    return {**plan._asdict(), **each._asdict(), "name": each.name, "log": log,
-            "job": "%s-%s" % (plan.app, each.dashed), **others}
+def template_values(plan, each, output="", **others):
+    """What the templates of the formats are filled with, for one instance; `output`, a template
+    itself, is what the format says of the log file, if there is to be one."""
+    values = {**plan._asdict(), **each._asdict(), "name": each.name, "output": "",
+              "job": "%s-%s" % (plan.app, each.dashed), **others}
+    if plan.log:
+        values["log"] = "%s/%s.log" % (plan.log, each.dashed)
+        values["log_word"] = shell_quote(values["log"])
+        values["output"] = output % values
+    return values
 
 
 def own_variables(plan, each):
@@ -539,12 +562,10 @@ def export_upstart(plan, instances):
     a line `end script`; and a script of more lines than one is passed by a pipe, not in argv.
     """
     for each in instances:
-        values = template_values(plan, each, chdir=upstart_word(plan.root),
-                                 gid=upstart_word(plan.group))
-        script = shell_variables(plan, each)
-        if plan.log:
-            script += "exec >>%s 2>&1\n" % shell_quote(values["log"])
-        script += "exec /bin/sh -c " + shell_quote(each.command)
+        values = template_values(plan, each, "exec >>%(log_word)s 2>&1\n",
+                                 chdir=upstart_word(plan.root), gid=upstart_word(plan.group))
+        script = (shell_variables(plan, each) + values["output"]
+                  + "exec /bin/sh -c " + shell_quote(each.command))
         script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
         yield File(values["job"] + ".conf", 0o600, UPSTART % dict(values, script=script))
     for name in dict.fromkeys(each.type for each in instances):
@@ -574,6 +595,7 @@ TimeoutStopSec=%(grace)d
 SuccessExitStatus=143
 SyslogIdentifier=%(job)s
 %(output)s"""
+SYSTEMD_OUTPUT = "StandardOutput=append:%(log)s\nStandardError=inherit\n"
 # The PATH is the app's; MAINPID is empty if the leader ended by itself.
 SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$pid" ] || exit 0; '
                 "%s; while kill -0 $pid; do sleep 0.1; done")
@@ -600,13 +622,11 @@ def export_systemd(plan, instances):
     run_as = "" if plan.user_units else "User=%s\n" % plan.user
     units = {}
     for each in instances:
-        values = template_values(plan, each, run_as=run_as, word=systemd_word(each.command),
+        values = template_values(plan, each, SYSTEMD_OUTPUT, run_as=run_as,
+                                 word=systemd_word(each.command),
                                  stop=systemd_word(SYSTEMD_STOP % stop_leader(each.command)))
-        output = ""
-        if plan.log:
-            output = "StandardOutput=append:%(log)s\nStandardError=inherit\n" % values
         units.setdefault("%s-%s" % (plan.app, each.type), []).append(values["job"] + ".service")
-        yield File(values["job"] + ".service", 0o644, SYSTEMD % dict(values, output=output))
+        yield File(values["job"] + ".service", 0o644, SYSTEMD % values)
     for name, wants in units.items():
         yield systemd_target(plan, name, wants, "PartOf={0}.target\nAfter={0}.target\n".format(
             plan.app))
@@ -658,9 +678,8 @@ def supervisor_word(text):
 
 
 def printf_word(text):
-    r"""The text with \0ooo, which `printf %b` turns back, for each byte but the plainest."""
-    return re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
-                  text.encode()).decode()
+    r"""The text as bytes: \0ooo, which `printf %b` turns back, for each but the plainest."""
+    return re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]), text.encode())
 
 
 def export_supervisord(plan, instances):
@@ -671,47 +690,59 @@ def export_supervisord(plan, instances):
     """
     text, jobs = "; %s\n" % plan.mark, []
     for each in instances:
-        environment = printf_word(shell_variables(plan, each))
-        if len(environment) >= 127 << 10:
-            raise Failure("supervisord takes less than 127 KiB of variables; they are longer")
-        values = template_values(plan, each, environment=environment,
+        environment = exportable("the whole environment of " + each.name,
+                                 printf_word(shell_variables(plan, each)))
+        values = template_values(plan, each, "stdout_logfile=%(log)s\n", environment=environment,
                                  word=supervisor_word(SUPERVISORD_START + each.command))
-        output = "stdout_logfile=%(log)s\n" % values if plan.log else ""
-        text += SUPERVISORD % dict(values, output=output)
+        text += SUPERVISORD % values
         jobs.append(values["job"])
     yield File(plan.app + ".conf", 0o600, "%s\n[group:%s]\nprograms=%s\n" % (
         text, plan.app, ",".join(jobs)))
 
 
-RUNIT_RUN = """echo $$ >supervise/group
-exec %(output)s 3<environment
-cd %(directory)s || exit 111
-exec chpst -P -u %(user)s /bin/sh -c %(word)s
-"""
 RUNIT_START = 'eval "$(cat <&3)"; exec 3<&-; '
-RUNIT_TERM = """# First the leader.
+# The files of a service: permission bits and text, in the order in which they are to be there.
+RUNIT = {
+    "environment": (0o600, "# %(mark)s\n%(variables)s"),
+    "log/run": (0o755, """#!/bin/sh
+# %(mark)s
+mkdir -p main && exec svlogd -tt main
+"""),
+    "control/t": (0o755, """#!/bin/sh
+# %(mark)s
+# First the leader.
 read -r pid <supervise/pid || exit 1
-%s
+%(stop)s
 (n=0
-while [ $n -lt %d ]; do
+while [ $n -lt %(grace)d ]; do
   sleep 1
   read -r now <supervise/pid && [ "$now" = "$pid" ] || exit 0
   n=$((n+1))
 done
 kill -KILL $pid -$pid) >/dev/null 2>&1 &
-"""
-RUNIT_FINISH = """# Then what the leader has left in its group.
+"""),
+    "finish": (0o755, """#!/bin/sh
+# %(mark)s
+# Then what the leader has left in its group.
 exec 2>/dev/null
 read -r group <supervise/group || exit 0
 kill -TERM -$group
 n=0
-while [ $n -lt %d ] && kill -0 -$group; do
+while [ $n -lt $((10*%(grace)d)) ] && kill -0 -$group; do
   sleep 0.1
   n=$((n+1))
 done
 kill -KILL -$group
 rm -f supervise/group
-"""
+"""),
+    "run": (0o755, """#!/bin/sh
+# %(mark)s
+echo $$ >supervise/group
+exec %(output)s2>&1 3<environment
+cd %(directory)s || exit 111
+exec chpst -P -u %(user)s /bin/sh -c %(word)s
+"""),
+}
 
 
 def export_runit(plan, instances):
@@ -720,20 +751,14 @@ def export_runit(plan, instances):
     chpst's own environment files lose trailing blanks.  So root opens a file of its own, and the
     user's shell reads it: no variable, such as PATH or LD_PRELOAD, is in force for root.
     """
-    head = "#!/bin/sh\n# %s\n" % plan.mark
     for each in instances:
-        values = template_values(plan, each, directory=shell_quote(plan.root),
-                                 word=shell_quote(RUNIT_START + each.command))
-        output = ">>%s 2>&1" % shell_quote(values["log"]) if plan.log else "2>&1"
-        yield File(values["job"] + "/environment", 0o600,
-                   "# %s\n%s" % (plan.mark, shell_variables(plan, each)))
-        if not plan.log:
-            yield File(values["job"] + "/log/run", 0o755,
-                       head + "mkdir -p main && exec svlogd -tt main\n")
-        yield File(values["job"] + "/control/t", 0o755,
-                   head + RUNIT_TERM % (stop_leader(each.command), plan.grace))
-        yield File(values["job"] + "/finish", 0o755, head + RUNIT_FINISH % (10 * plan.grace))
-        yield File(values["job"] + "/run", 0o755, head + RUNIT_RUN % dict(values, output=output))
+        values = template_values(
+            plan, each, ">>%(log_word)s ", directory=shell_quote(plan.root),
+            variables=shell_variables(plan, each), stop=stop_leader(each.command),
+            word=shell_quote(RUNIT_START + each.command))
+        for name, (mode, text) in RUNIT.items():
+            if name != "log/run" or not plan.log:
+                yield File("%s/%s" % (values["job"], name), mode, text % values)
 
 
 def kubernetes_word(text):
@@ -746,68 +771,79 @@ def kubernetes_name(name):
     return name.lower().replace("_", "-")
 
 
-def kubernetes_labels(plan, component):
-    """The recommended labels that tell the app and a part of it."""
-    return {"app.kubernetes.io/name": plan.app, "app.kubernetes.io/component": component}
+# Each %(...)s without quotes around it is JSON already.
+KUBERNETES_HEAD = """{"metadata": {"annotations": {
+    "procrun/made-by": %(mark)s},
+  "labels": {"app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s",
+    "app.kubernetes.io/managed-by": "procrun"},
+  "name": "%(app)s-%(part)s"},
+"""
+KUBERNETES_SECRET = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Secret",
+"data": %(data)s}
+"""
+# SIGTERM goes to the container's first process alone.  That is not process 1, for which the kernel
+# would ignore the signal: the pod's processes share a namespace.
+KUBERNETES_DEPLOYMENT = KUBERNETES_HEAD + """"apiVersion": "apps/v1", "kind": "Deployment",
+"spec": {
+  "replicas": %(replicas)d, %(strategy)s
+  "selector": {"matchLabels": {
+    "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}},
+  "template": {
+    "metadata": {
+      "annotations": {"procrun/environment": "%(digest)s"},
+      "labels": {
+        "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}},
+    "spec": {
+      "terminationGracePeriodSeconds": %(grace)d,
+      "shareProcessNamespace": true,
+      "enableServiceLinks": false,
+      "containers": [{
+        "name": "%(part)s",
+        "image": "%(image)s", %(directory)s
+        "command": ["/bin/sh", "-c", %(word)s],
+        "env": [
+          {"name": "PORT", "value": "%(port)d"},
+          {"name": "PS", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
+        "envFrom": [{"secretRef": {"name": "%(app)s-env"}}]%(ports)s}]}}}}"""
+KUBERNETES_STRATEGY = """
+  "strategy": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},"""
+KUBERNETES_PORTS = """,
+        "ports": [{"name": "http", "containerPort": %d}],
+        "readinessProbe": {"tcpSocket": {"port": "http"}}"""
+KUBERNETES_SERVICE = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Service",
+"spec": {
+  "ports": [{"port": 80, "targetPort": "http"}],
+  "selector": {
+    "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}}}"""
 
 
-def kubernetes_object(plan, kind, component, **content):
-    """An object with a mark and the recommended labels."""
-    return dict(apiVersion="apps/v1" if kind == "Deployment" else "v1", kind=kind, metadata=dict(
-        annotations={"procrun/made-by": plan.mark}, name="%s-%s" % (plan.app, component),
-        labels={**kubernetes_labels(plan, component), "app.kubernetes.io/managed-by": "procrun"}),
-        **content)
+def export_kubernetes(plan, instances):
+    """A Secret; and a List of a Deployment for each process type, and a Service for web.
 
-
-def kubernetes_deployment(plan, each, port, digest):
-    """The Deployment of a process type; another digest of the environment rolls its pods.
-
-    SIGTERM goes to the container's first process alone.  That is not process 1, for which the
-    kernel would ignore the signal: the pod's processes share a namespace.
-    """
-    name = kubernetes_name(each.name)
-    labels = kubernetes_labels(plan, name)
-    container = dict(
-        name=name, image=plan.image,
-        command=["/bin/sh", "-c", kubernetes_word(forwarded(each.command))],
-        env=[dict(name="PORT", value=str(port)),
-             dict(name="PS", valueFrom=dict(fieldRef=dict(fieldPath="metadata.name")))],
-        envFrom=[dict(secretRef=dict(name=plan.app + "-env"))])
-    if plan.root:
-        container.update(workingDir=plan.root)
-    spec = dict(replicas=plan.counts[each.name], selector=dict(matchLabels=labels))
-    if name == "web":
-        container.update(ports=[dict(name="http", containerPort=port)],
-                         readinessProbe=dict(tcpSocket=dict(port="http")))
-    else:
-        spec.update(strategy=dict(rollingUpdate=dict(maxSurge=0, maxUnavailable=1)))
-    return kubernetes_object(plan, "Deployment", name, spec=dict(spec, template=dict(
-        metadata=dict(labels=labels, annotations={"procrun/environment": digest}),
-        spec=dict(terminationGracePeriodSeconds=plan.grace, shareProcessNamespace=True,
-                  enableServiceLinks=False, containers=[container]))))
-
-
-def export_kubernetes(plan, _):
-    """A Secret; and a List of a Deployment for each process type, and a Service for web."""
+    It is given one instance of each type.  Another digest of the environment rolls the pods."""
     import base64
     import hashlib
     import json
-
-    def file(name, mode, content):
-        return File(plan.app + name, mode, json.dumps(content, indent=2) + "\n")
-
-    data = {name: base64.b64encode(value.encode()).decode()
-            for name, value in plan.variables.items()}
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    yield file("-secret.json", 0o600, kubernetes_object(plan, "Secret", "env", data=data))
+    data = json.dumps({name: base64.b64encode(value.encode()).decode()
+                       for name, value in plan.variables.items()}, indent=2, sort_keys=True)
+    plan = plan._replace(mark=json.dumps(plan.mark))
+    yield File(plan.app + "-secret.json", 0o600,
+               KUBERNETES_SECRET % dict(plan._asdict(), part="env", data=data))
     items = []
-    for place, each in enumerate(plan.types):
-        items.append(kubernetes_deployment(plan, each, plan.base + 100 * place, digest))
-        if kubernetes_name(each.name) == "web":
-            items.append(kubernetes_object(plan, "Service", "web", spec=dict(
-                selector=kubernetes_labels(plan, "web"),
-                ports=[dict(port=80, targetPort="http")])))
-    yield file(".json", 0o644, dict(apiVersion="v1", kind="List", items=items))
+    for each in instances:
+        name = kubernetes_name(each.type)
+        values = template_values(
+            plan, each, part=name, replicas=plan.counts[each.type],
+            digest=hashlib.sha256(data.encode()).hexdigest(),
+            word=json.dumps(kubernetes_word(forwarded(each.command))),
+            directory='"workingDir": %s,' % json.dumps(plan.root) if plan.root else "",
+            strategy="" if name == "web" else KUBERNETES_STRATEGY,
+            ports=KUBERNETES_PORTS % each.port if name == "web" else "")
+        items.append(KUBERNETES_DEPLOYMENT % values)
+        if name == "web":
+            items.append(KUBERNETES_SERVICE % values)
+    yield File(plan.app + ".json", 0o644, '{"apiVersion": "v1", "kind": "List", "items": [\n'
+               "%s]}\n" % ",\n".join(items))
 
 
 Format = namedtuple("Format", "function help start")
@@ -835,11 +871,9 @@ def kubernetes_problem(plan):
         return "kubernetes needs --image IMAGE, such as registry.example/app:1"
     if plan.log:
         return "kubernetes keeps the logs itself; leave -l out"
-    if plan.base + 100 * (len(plan.types) - 1) > 65535:
-        return "a port is beyond 65535; choose a lower base port with -p"
     if sum(len(value.encode()) for value in plan.variables.values()) > 1 << 20:
         return "kubernetes takes no Secret of more than 1 MiB; the variables are longer"
-    names = [kubernetes_name(each.name) for each in plan.types]
+    names = list(map(kubernetes_name, plan.counts))
     for name in names:
         if names.count(name) > 1:
             return "kubernetes would call two process types `%s`; rename one" % name
@@ -852,7 +886,7 @@ def kubernetes_problem(plan):
     return None
 
 
-def plan_problem(plan, format):
+def plan_problem(plan):
     """What no format, or not this one, can take of the plan; None if all is well."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
         return "the app cannot be named %r; use letters, digits, _ . - with -a" % plan.app
@@ -868,25 +902,22 @@ def plan_problem(plan, format):
         return "variables with such names do not pass /bin/sh: " + ", ".join(names)
     if not is_text(plan.mark) or "\n" in plan.mark:
         return "this command line has characters that a comment cannot have"
-    return kubernetes_problem(plan) if format == "kubernetes" else None
+    return kubernetes_problem(plan) if plan.format == "kubernetes" else None
 
 
-def export_files(plan, instances, format):
+def export_files(plan, instances):
     """Return the list of File of an export; raises Failure if something cannot be exported.
 
     The commands that the generators get are shell texts (str)."""
-    problem = plan_problem(plan, format)
+    problem = plan_problem(plan)
     for each in instances:
         if each.dashed in plan.counts:
             problem = "%s and the process type %s would collide; rename one" % (
                 each.name, each.dashed)
     if problem:
         raise Failure(problem)
-    types = [each._replace(command=exportable("the command of " + each.name,
-                                              shell_text(each.command))) for each in plan.types]
-    texts = {each.name: each.command for each in types}
-    instances = [each._replace(command=texts[each.type]) for each in instances]
-    return list(FORMATS[format].function(plan._replace(types=types), instances))
+    return list(FORMATS[plan.format].function(plan, [each._replace(command=exportable(
+        "the command of " + each.type, shell_text(each.command))) for each in instances]))
 
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
@@ -1095,36 +1126,9 @@ class Printer:
         self.open = None
 
 
-# Shutdown: what to send, and when ----------------------------------------------------------------
-
-TELL, GIVE_UP = "tell who is waited for", "give up"
-
-
-def hurried(when):
-    """The last steps of a shutdown, as (monotonic seconds, what to do)."""
-    return [(when, signal.SIGKILL), (when + LAST, GIVE_UP)]
-
-
-def ladder(now, grace, patience):
-    """All steps: SIGTERM, after `patience` a word on who is waited for, SIGKILL, end."""
-    steps = [(now, signal.SIGTERM), (now + min(patience, grace), TELL)] if grace else []
-    return steps + hurried(now + grace)
-
-
-def due(steps, now):
-    """Return (what is due, the steps that remain)."""
-    return [what for when, what in steps if when <= now], [each for each in steps if each[0] > now]
-
-
-def until(times, now):
-    """Seconds from now until the first of some times, but a day at most (epoll takes no more than
-    24); None if there is none."""
-    return max(0, min(86400, min(times) - now)) if times else None
-
-
 # Everything above is pure; everything below talks to the kernel.
 
-def complain(*lines):
+def print_error(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
     stalled one none to hang."""
     text = "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "backslashreplace")
@@ -1134,6 +1138,16 @@ def complain(*lines):
             text = text[os.write(2, text[:1 if os.isatty(2) else 512]):]
     except OSError:
         pass
+
+
+def print_out(text):
+    """Write text to stdout; raises Failure."""
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        while data:
+            data = data[os.write(1, data):]
+    except OSError as error:
+        raise Failure("cannot write the output: %s" % error.strerror)
 
 
 def open_fds():
@@ -1146,44 +1160,23 @@ def open_fds():
 
 
 def read_some(fd, most=LITTLE):
-    """Return bytes that can be read now, b"" at the end of the output, None if there are none."""
+    """Return bytes that can be read now, b"" at the end, None if there are none at present."""
     try:
         return os.read(fd, most)
     except BlockingIOError:
         return None
     except OSError as error:
-        if error.errno == errno.EIO:    # how a PTY says that its last writer is gone
+        if error.errno == errno.EIO:    # how a PTY or a terminal says that its other end is gone
             return b""
         raise
 
 
-def own_description(fd, flags):
-    """Open anew what an fd is open for: a file description of our own, non-blocking, as the given
-    one is shared with others.  Raises OSError."""
-    flags |= os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        return os.open("/proc/self/fd/%d" % fd, flags)
-    except PermissionError:    # su: the terminal is another user's
-        os.tcgetpgrp(fd)       # raises OSError if it is not the controlling one either, which is
-        return os.open("/dev/tty", flags)    # open to everybody
-
-
-def widen(fd, capacity):
-    """Give a pipe this capacity (bytes) where the system can: fewer, larger reads."""
+def resize_pipe(fd, capacity):
+    """Give a pipe this capacity (bytes) where the system can."""
     try:
         fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), capacity)
     except OSError:
-        pass    # not Linux, not a pipe, or beyond the user's share: it works with less
-
-
-def tell(text):
-    """Write text to stdout; raises Failure."""
-    data = text.encode("utf-8", "surrogateescape")
-    try:
-        while data:
-            data = data[os.write(1, data):]
-    except OSError as error:
-        raise Failure("cannot write the output: %s" % error.strerror)
+        pass    # not Linux, not a pipe, or beyond the user's share: it works as it is
 
 
 # Signals: asynchronous -> readable ---------------------------------------------------------------
@@ -1191,9 +1184,10 @@ def tell(text):
 ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 PASSED_ON = signal.SIGUSR1, signal.SIGUSR2
 CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, signal.SIGWINCH}
+CATCHABLE = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
 
 
-def nothing(*_):
+def no_action(*_):
     """A signal handler: the signal's byte in the wake-up pipe says it all."""
 
 
@@ -1206,20 +1200,19 @@ def wakeup_pipe():
     return fd
 
 
-def catch_signals():
-    """Have the caught signals arrive as bytes in a pipe, and do nothing else.
+def handle(numbers, handler):
+    """Set the handler of signals; but under nohup a SIGHUP that is ignored stays so."""
+    for number in numbers:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
-    Return its reading end, and the signals that no child is to see as they are here: procrun
-    catches some, CPython ignores SIGPIPE and SIGXFSZ, and others may have been ignored before.
-    """
-    # nohup: a SIGHUP that is ignored from the start stays ignored, by the children too.
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+
+def catch_signals():
+    """Have the caught signals arrive as bytes in a pipe; return its reading end."""
     fd = wakeup_pipe()
-    for number in CAUGHT - ignored:
-        signal.signal(number, nothing)
+    handle(CAUGHT, no_action)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    return fd, [number for number in set(range(1, signal.NSIG)) - ignored
-                if signal.getsignal(number) not in (signal.SIG_DFL, None)]
+    return fd
 
 
 def signal_name(number):
@@ -1239,58 +1232,96 @@ def signal_group(group, number):
     return True
 
 
+def signal_process(pid, number):
+    """Send a signal to a process that may be gone, or another user's by now (sudo)."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+class Loop:
+    """What procrun's two processes have in common: timers, and the lines that they send each
+    other."""
+
+    def __init__(self):
+        self.timers = {}    # function -> when to call it, once (monotonic seconds)
+        self.line = b""     # what has arrived of an unfinished line
+
+    def turn(self, selector):
+        """Wait until something can be read or is due, and call what is kept for it."""
+        timeout = None
+        if self.timers:
+            timeout = max(0, min(self.timers.values()) - time.monotonic())
+        for key, _ in selector.select(timeout):
+            key.data()
+        now = time.monotonic()
+        for function in [each for each, when in self.timers.items() if when <= now]:
+            if self.timers.pop(function, None) is not None:    # or one before took it out
+                function()
+
+    def receive(self, fd):
+        """Read lines `WORD NUMBER ...` and call on_WORD(NUMBER, ...), or say(TEXT) for `say TEXT`;
+        return False at their end."""
+        data = read_some(fd)
+        *lines, self.line = (self.line + (data or b"")).split(b"\n")
+        for line in lines:
+            word, _, values = line.decode().partition(" ")
+            if word == "say":
+                self.say(values)
+            else:
+                getattr(self, "on_" + word)(*map(int, values.split()))
+        return data != b""
+
+
 # Child: one instance, forked ---------------------------------------------------------------------
 
 class Child:
-    """One instance; the pipe or PTY of its output; what is known of it.
+    """One instance, and what is known of it.  The front and the guard have a copy each.
 
-    It is done when its exit status is known and its output at its end.
+    Its output goes through a pipe, and it reads another one; or both are a PTY.
     """
-    __slots__ = "place instance source terminal fd output appetite pid status began".split()
 
-    def __init__(self, place, instance, source, terminal):
-        self.place, self.instance, self.source = place, instance, source
+    def __init__(self, index, instance, source, terminal):
+        self.index, self.instance, self.source = index, instance, source
         self.terminal = terminal                # whether it gets a PTY
-        self.fd = self.output = None            # the end that procrun reads, and the other one
-        self.appetite = LITTLE                  # bytes: how much to read at once
-        self.pid = self.status = None           # status: as of subprocess, -N for signal N
-        self.began = None                       # when (monotonic)
+        self.text = shell_text(instance.command)
+        self.pid = self.began = None            # of its leader; when it was forked (monotonic)
+        self.ended = "not started"              # in words, while .pid is None
+        self.read_size = LITTLE                 # bytes
+        self.group = None                       # the guard's: its group's id until that is gone
+        self.asked = None                       # the guard's: "stop" or "restart"
 
-    def open(self, capacity, echo):
-        """Make its pipe of this capacity (bytes), or its PTY; raises OSError."""
-        if self.terminal:
-            self.fd, self.output = os.openpty()
-            modes = termios.tcgetattr(self.output)
-            modes[1] &= ~termios.OPOST    # or each line ends in CR LF
-            modes[3] &= ~(0 if echo else termios.ECHO)
-            termios.tcsetattr(self.output, termios.TCSANOW, modes)
-        else:
-            self.fd, self.output = os.pipe()
-            widen(self.output, capacity)
+    def open_pipes(self, capacity):
+        """Make the pipes of its output, of this capacity (bytes), and of its stdin."""
+        self.fd, self.output = os.pipe()
+        self.stdin, self.input = os.pipe()
+        self.capacity = capacity
+        resize_pipe(self.fd, capacity)
+        resize_pipe(self.input, 4096)           # counts towards what the user's pipes may hold
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self.input, False)
+
+    def open_pty(self):
+        """Make its PTY, with the modes of the user's terminal, such as its erase character."""
+        self.fd, self.output = os.openpty()
+        self.stdin, self.input = self.output, os.dup(self.fd)
+        self.capacity = LITTLE
+        if os.isatty(0):
+            termios.tcsetattr(self.output, termios.TCSANOW, termios.tcgetattr(0))
         os.set_blocking(self.fd, False)
 
-    def release(self):
-        """Let go of the other end: its output is at its end when the last process has done so.
 
-        A PTY's is held until the child has ended: if nobody else holds it, reading it is an error
-        already, and to close it then would be a hangup for a child that lives on without output.
-        """
-        if self.output is not None:
-            os.close(self.output)
-            self.output = None
-
-    @property
-    def ending(self):
-        """How it ended, in words."""
-        if self.status >= 0:
-            return "exited with code %d" % self.status
-        return "terminated by " + signal_name(-self.status)
+def how_it_ended(status):
+    """An exit status in words; -N is signal N, as in subprocess."""
+    if status >= 0:
+        return "exited with code %d" % status
+    return "terminated by " + signal_name(-status)
 
 
-Ground = namedtuple("Ground", "root environment stdin limits signals")
-Ground.__doc__ = """What all children stand on: the root directory, the environment (bytes to
-bytes), the fd of their stdin, RLIMIT_NOFILE, and the signals that are to have their default
-disposition."""
+Setup = namedtuple("Setup", "root environment limits")
+Setup.__doc__ = """What all children share: the root directory, the environment (bytes to bytes)
+and RLIMIT_NOFILE."""
 
 
 def environment(variables):
@@ -1300,30 +1331,33 @@ def environment(variables):
     return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
 
 
-def become(ground, child, reports):
-    """The forked side of a child; never returns.  It reports itself before exec, so that this is
-    known before any of its output, or why it could not."""
+def exec_child(setup, child):
+    """The forked side of a child; never returns.  What fails is the last line of its output."""
     try:
         signal.set_wakeup_fd(-1)    # the guard's, whose number may be stdout's below
         os.setsid()
-        os.write(reports, b"started %d %d\n" % (child.place, os.getpid()))
         if child.terminal:
             fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
-            ground.environment.setdefault(b"TERM", b"dumb")
-        os.dup2(child.output if child.terminal else ground.stdin, 0)
-        os.dup2(child.output, 1)
-        os.dup2(child.output, 2)
-        os.chdir(ground.root)
-        resource.setrlimit(resource.RLIMIT_NOFILE, ground.limits)
+            setup.environment.setdefault(b"TERM", b"dumb")
+        for fd, given in enumerate((child.stdin, child.output, child.output)):
+            os.dup2(given, fd)
+        os.chdir(setup.root)
+        resource.setrlimit(resource.RLIMIT_NOFILE, setup.limits)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.execve("/bin/sh", [b"/bin/sh", b"-c", child.instance.command], ground.environment)
+        os.execve("/bin/sh", [b"/bin/sh", b"-c", child.text], setup.environment)
     except OSError as error:
-        os.write(reports, b"failed %d %d\n" % (child.place, error.errno))
+        os.write(2, b"procrun: cannot start: %s\n" % os.strerror(error.errno).encode())
     finally:
-        os._exit(127)
+        os._exit(126)
 
 
-# Guard: the set outlives nobody ------------------------------------------------------------------
+# Guard: decides, and outlives nobody -------------------------------------------------------------
+
+Options = namedtuple("Options", "grace patience can_die keep_going quiet")
+Options.__doc__ = """How a set is run: grace period; after how much of it to say who is waited for
+(both in seconds); the instances whose exit 0 does not end the set; whether no exit ends it; the
+instances whose output is dropped."""
+
 
 def become_subreaper():
     """Have orphaned descendants become our children (Linux); return whether that is so."""
@@ -1334,16 +1368,76 @@ def become_subreaper():
         return False
 
 
-def own_children():
-    """The process ids of all children, adopted ones included, as a set; None where nothing tells
-    them: not on Linux, nor if /proc is missing or that of another PID namespace."""
+def children_of(pid):
+    """The process ids of a process's children, a list: those of all its threads (proc(5)).  An
+    empty one if it is gone, or where the system does not tell."""
+    found = []
     try:
-        if os.readlink("/proc/self") == str(os.getpid()):
-            with open("/proc/thread-self/children") as file:
-                return set(map(int, file.read().split()))
+        for thread in os.listdir("/proc/%d/task" % pid):
+            with open("/proc/%d/task/%s/children" % (pid, thread), "rb") as file:
+                found += map(int, file.read().split())
     except OSError:
         pass
-    return None
+    return found
+
+
+def group_of(pid):
+    """The group of a process, None if that is gone."""
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def groups_below(pids):
+    """{group: process ids} of these processes and all their descendants.
+
+    Any of them may end meanwhile, and its id be given to another process; but not within the
+    microseconds between looking and signalling, as the kernel gives out all other ids before.
+    """
+    groups, pids = {}, list(pids)
+    for pid in pids:
+        groups.setdefault(group_of(pid), []).append(pid)
+        pids += children_of(pid)    # the list grows while it is read
+    groups.pop(None, None)
+    return groups
+
+
+def process_name(pid):
+    """A process in words: its id and, where the system tells it, its command's name."""
+    try:
+        with open("/proc/%d/comm" % pid, "rb") as file:
+            return "process %d (%s)" % (pid, printable(file.read().strip()))
+    except OSError:
+        return "process %d" % pid
+
+
+def list_names(names):
+    """Names as one text; of many, the first ones."""
+    names = list(names)
+    if len(names) > MOST_NAMES:
+        names[MOST_NAMES:] = ["and %d more" % (len(names) - MOST_NAMES)]
+    return ", ".join(names)
+
+
+def is_shell(pid):
+    """Whether a process still is the shell: an `exec` in the command may have replaced it."""
+    try:
+        return os.path.samefile("/proc/%d/exe" % pid, "/bin/sh")
+    except OSError:
+        return True
+
+
+def forgets_sigterm(pid):
+    """Whether a process is a fork of a shell with our trap, on its way to become a program: until
+    it has taken the trap back, it would note a SIGTERM and then forget it, as dash does."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as command, \
+                open("/proc/%d/status" % pid, "rb") as status:
+            caught = re.search(rb"SigCgt:\s*(\w+)", status.read())
+            return TRAP in command.read() and bool(int(caught[1], 16) >> signal.SIGTERM - 1 & 1)
+    except OSError:
+        return False
 
 
 def peek():
@@ -1358,33 +1452,41 @@ def peek():
     info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if info is None:
         return None, None
-    return info.si_pid, info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
+    # The status has 32 bits on macOS and the BSDs.
+    return info.si_pid, (info.si_status & 255 if info.si_code == os.CLD_EXITED
+                         else -info.si_status)
 
 
-class Guard:
-    """The parent of all children: a process that forks, signals and reaps them.
+class Guard(Loop):
+    """The parent of all children: forks, signals and reaps them, and decides when the set ends.
 
-    It reads orders, each a byte: a signal for all groups.  Their end means that procrun is gone:
-    then SIGTERM, after the grace period SIGKILL.  It reports in lines, `started PLACE PID`,
-    `failed PLACE ERRNO`, `ended PLACE STATUS` and, of what a leader left behind and had to be
-    killed, `killed 0 PID` (0 is no place).  The end of the reports means that nothing is left.
+    Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, and `raw 1` or `raw 0`.
+    Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `say TEXT`, `stopped`,
+    `progress`, and as the last one `exit STATUS`.
     """
 
-    def __init__(self, ground, children, grace, keyboard):
-        self.ground, self.waiting, self.grace = ground, list(children), grace
-        self.keyboard = keyboard    # whose terminal is restored if procrun is killed, or None
-        self.leaders = {}           # process id -> Child, not reaped
-        self.orphaned = set()       # groups that outlived their leader, where none is adopted
-        self.last = None            # SIGTERM or SIGKILL once it was sent
-        self.told = set()           # the groups that got it
-        self.steps = []             # of a shutdown without procrun
-        self.stopped = False        # Ctrl-Z: fork no more until SIGCONT
-        self.over = False
+    def __init__(self, setup, children, options, terminal):
+        super().__init__()
+        self.setup, self.children, self.options = setup, children, options
+        self.terminal = terminal       # the user's, to be restored if the front is killed; or None
+        self.raw = False               # whether the front has put it into raw mode
+        self.waiting = list(children)  # to be forked
+        self.leaders = {}              # process id -> Child, until it is reaped
+        self.leaderless = {}           # group id -> Child, once the leader is dead
+        self.terminated = set()        # groups that got SIGTERM
+        self.stopped = False           # Ctrl-Z: fork no more until SIGCONT
+        self.status = None             # procrun's exit status, once the set is ending
+        self.failed = 0                # under --keep-going: the exit status of the first to fail
+        self.killing = self.over = False
+        self.progress = False          # whether anything has ended since it was last asked
+        self.killed = {}               # group -> name, of what got SIGKILL
 
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
         (orders, order), (report, self.reports) = os.pipe(), os.pipe()
+        os.set_blocking(order, False)
         os.set_blocking(report, False)
+        resize_pipe(report, CHUNK)    # for a front that is stopped
         # The named ones: of others, CPython takes 100 us to tell a child that they were blocked.
         mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.Signals)
         try:
@@ -1403,142 +1505,322 @@ class Guard:
         return pid, order, report
 
     def run(self, orders):
-        """The forked side.  A session of its own, and all signals blocked but SIGCHLD (those
-        without a name: caught): neither Ctrl-C nor a closed terminal reach it.  It holds nothing
-        that anybody waits for, but for a terminal that it could not open by name later."""
+        """The forked side.  A session of its own, with all signals blocked but SIGCHLD: neither
+        Ctrl-C nor a closed terminal reaches it.  It holds nothing that anybody waits for."""
         os.setsid()
         os.chdir("/")
-        keep = {orders, self.reports, self.ground.stdin, *(child.output for child in self.waiting)}
-        keep.add(self.keyboard and self.keyboard.spare)
+        keep = {orders, self.reports}
+        keep.update(*((child.stdin, child.output) for child in self.children))
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # one of them is closed already
-        self.adopts = become_subreaper() and own_children() is not None
-        # Once, not in each child: here they are blocked, and exec turns handlers into the default.
-        nameless = signal.valid_signals() - set(signal.Signals)
-        for number in nameless.union(self.ground.signals) - {signal.SIGCHLD}:
-            signal.signal(number, nothing if number in nameless else signal.SIG_DFL)
-        signals = wakeup_pipe()
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(orders, selectors.EVENT_READ, self.on_order)
-        self.selector.register(signals, selectors.EVENT_READ, read_some)
+        # /proc may be missing, or be that of another PID namespace.
+        self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
+        handle(CATCHABLE, signal.SIG_DFL)    # once, not in each child
+        self.signals = wakeup_pipe()
+        signal.signal(signal.SIGCHLD, no_action)
+        selector = selectors.DefaultSelector()
+        selector.register(orders, selectors.EVENT_READ, partial(self.on_orders, orders, selector))
+        selector.register(self.signals, selectors.EVENT_READ, self.on_sigchld)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        self.timers[self.spawn] = 0
         while not self.over:
-            self.turn()
+            self.turn(selector)
+        if self.killed:
+            self.say("killed %d: %s" % (len(self.killed), list_names(self.killed.values())))
+        self.report("exit %d" % self.status)
 
-    def turn(self):
-        """Wait for something to happen, and act upon it; between two forks, do not wait."""
-        now, times = time.monotonic(), [when for when, _ in self.steps[:1]]
-        if self.waiting and not self.stopped:
-            times.append(now)
-        if self.last and self.orphaned:
-            times.append(now + 0.05)    # nothing tells when those have ended
-        events = self.selector.select(until(times, now))
-        for key, _ in events:
-            key.data(key.fd)
-        whats, self.steps = due(self.steps, time.monotonic())
-        for what in whats:
-            if what is not GIVE_UP:
-                self.send(what)
-        if self.waiting and not self.stopped:
-            self.spawn(self.waiting.pop(0))
-        if events or not self.waiting:
-            self.reap()
-        self.over = self.over or GIVE_UP in whats
+    def on_sigchld(self):
+        """Some children have died, or one."""
+        read_some(self.signals)
+        self.reap()
 
-    def on_order(self, fd):
-        """procrun orders a signal, or is gone."""
-        orders = os.read(fd, 4096)
-        self.reap()    # what has ended is not to be reported as killed
-        for number in orders:
-            self.send(signal.Signals(number))
-        if not orders:
-            self.selector.unregister(fd)
-            if self.keyboard:
-                self.keyboard.give_back()
-            if not self.last:
-                self.send(signal.SIGTERM)
-            killing = self.last == signal.SIGKILL
-            self.steps = hurried(time.monotonic() + (0 if killing else self.grace))
-
-    def report(self, *words):
-        """Write a line to procrun, which may be gone."""
+    def report(self, line):
+        """Write a line to the front, which may be gone."""
         try:
-            os.write(self.reports, b"%s %d %d\n" % words)
+            os.write(self.reports, line.encode() + b"\n")
         except BrokenPipeError:
             pass
 
-    def spawn(self, child):
-        """Fork a child; if that fails, no more."""
-        self.ground.environment.update(child.instance.variables)
+    def say(self, text):
+        """Have the front show a line."""
+        self.report("say " + text)
+
+    # -- orders
+
+    def on_orders(self, fd, selector):
+        """Obey; and if the front is gone, end the set as a closed terminal would."""
+        self.reap()    # what has ended is not to be signalled, nor told as killed
+        if not self.receive(fd):
+            selector.unregister(fd)
+            if self.raw:
+                self.terminal.restore()
+            self.on_signal(signal.SIGHUP)
+
+    def on_signal(self, number):
+        """A signal that procrun got.  Two within 0.4 s are one request: the terminal and npm both
+        deliver Ctrl-C; a later one kills at once."""
+        if number not in ENDING:
+            self.pass_on(number)
+        elif self.status is None:
+            self.say("%s received, shutting down" % signal_name(number))
+            self.end(128 + number)
+        elif (number in (signal.SIGINT, signal.SIGTERM) and not self.killing
+              and time.monotonic() > self.since + ONE_REQUEST):
+            self.timers.clear()
+            self.advance(self.kill(self.alive))
+
+    def pass_on(self, number):
+        """Signal all groups; between SIGSTOP and SIGCONT no child is forked."""
+        for group in self.alive():
+            self.signal(group, number)
+        if number == signal.SIGSTOP:
+            self.stopped = True
+            self.report("stopped")
+        elif number == signal.SIGCONT:
+            self.stopped = False
+            self.timers[self.spawn] = 0
+
+    def on_raw(self, raw):
+        """Whether the front has put the user's terminal into raw mode."""
+        self.raw = raw
+
+    def on_end(self, status):
+        """The front can show nothing any more."""
+        if self.status is None:
+            self.end(status)
+
+    def on_stop(self, index, then="stop"):
+        """End an instance; that does not end the set."""
+        child = self.children[index]
+        if self.status is not None or child.group is None:
+            return
+        already, child.asked = child.asked, then
+        if not already:
+            groups = {child.group}
+            if child.group in self.leaders:
+                groups.update(groups_below([child.group]))
+            self.advance(self.stop(partial(self.alive, groups)))
+
+    def on_restart(self, index):
+        """End an instance and fork it anew; or fork it, if it has ended."""
+        child = self.children[index]
+        self.on_stop(index, "restart")
+        if self.status is None and child.group is None and child not in self.waiting:
+            self.start(child)
+
+    def start(self, child):
+        """Have a child forked."""
+        self.waiting.append(child)
+        self.timers[self.spawn] = 0
+
+    # -- children
+
+    def spawn(self):
+        """Fork the next child; for the others, look first what has happened meanwhile."""
+        if self.stopped or not self.waiting:
+            return
+        self.timers[self.spawn] = 0
+        child = self.waiting.pop(0)
+        self.setup.environment.update(child.instance.variables)
         try:
             pid = os.fork()
             if not pid:
-                become(self.ground, child, self.reports)
-            self.leaders[pid] = child
+                exec_child(self.setup, child)
         except OSError as error:
-            self.waiting.clear()
-            self.report(b"failed", child.place, error.errno)
-        child.release()
+            self.say("%s: cannot start: %s" % (child.instance.name, error.strerror))
+            return self.on_end(1)
+        self.leaders[pid], child.group, child.asked = child, pid, None
+        self.terminated.discard(pid)    # a group of the past may have had this id
+        child.began = time.monotonic()
+        self.report("started %d %d" % (child.index, pid))
 
-    def adopted(self):
-        """The children that it did not fork: what leaders left behind when they died."""
-        return (own_children() or set()) - set(self.leaders) if self.adopts else set()
-
-    def groups(self):
-        """The groups of all children: an unreaped child keeps its group's id from being reused."""
-        return set(self.leaders) | set(map(os.getpgid, self.adopted())) | self.orphaned
-
-    def send(self, number):
-        """Signal all groups."""
-        if number in (signal.SIGTERM, signal.SIGKILL):
-            self.waiting.clear()
-            self.last, self.told = number, set()
-            self.pursue()
+    def reap(self):
+        """Look at each dead child, and only then reap it: until then its id is its own."""
+        nothing_left = False
+        try:
+            for pid, status in iter(peek, (None, None)):
+                self.progress = True
+                child = self.leaders.pop(pid, None)
+                if child:
+                    self.leaderless[pid] = child
+                    self.on_leader_ended(child, status)
+                if hasattr(os, "waitid"):
+                    os.waitpid(pid, 0)
+        except ChildProcessError:
+            nothing_left = True
+        for group in [each for each in self.leaderless if not signal_group(each, 0)]:
+            self.on_group_gone(self.leaderless.pop(group))
+        self.pursue()
+        if self.status is None:
+            self.end_if_idle()
         else:
-            self.stopped = number == signal.SIGSTOP or self.stopped and number != signal.SIGCONT
-            for group in self.groups():
-                self.signal(group, number)
+            self.over = self.over or (nothing_left and not self.leaderless)
+            self.report("progress")
+        if self.leaderless and not self.adopts:
+            self.timers[self.reap] = time.monotonic() + 0.05    # nothing tells when those end
+
+    def on_leader_ended(self, child, status):
+        """Tell it; it may end the set."""
+        self.report("ended %d %d" % (child.index, status))
+        self.terminated.discard(child.group)    # what it leaves is to get a SIGTERM of its own
+        code = status if status >= 0 else 128 - status
+        if self.status is not None or child.asked:
+            return
+        if self.options.keep_going:
+            self.failed = self.failed or code
+        elif code or child.instance not in self.options.can_die:
+            remedy = "" if code else " (--can-die %s lets it end)" % child.instance.type
+            self.say("%s %s after %.1f s, stopping the rest%s" % (
+                child.instance.name, how_it_ended(status), time.monotonic() - child.began, remedy))
+            self.end(code)
+
+    def on_group_gone(self, child):
+        """An instance has ended, and all of its group."""
+        child.group = None
+        if child.asked == "restart" and self.status is None:
+            self.start(child)
+
+    def end_if_idle(self):
+        """End the set if nothing runs any more, nor is to run again."""
+        again = any(child.asked == "restart" for child in self.leaderless.values())
+        if not self.leaders and not self.waiting and not again:
+            self.end(self.failed)
+
+    # -- the end
+
+    def end(self, status):
+        """Begin the end of the set; the status is procrun's."""
+        self.status, self.since = status, time.monotonic()
+        self.waiting.clear()
+        self.timers.clear()
+        self.timers[self.reap] = 0    # it may be that nothing is left
+        if self.leaders and self.options.grace:
+            self.say("sending SIGTERM to all processes")
+        self.advance(self.stop(self.alive))
+
+    def stop(self, groups):
+        """How groups end: a generator of steps, which yields the seconds until the next one.
+        `groups` is a function that returns those that are left, as alive() does."""
+        grace, patience = self.options.grace, min(self.options.grace, self.options.patience)
+        if grace:
+            self.terminate(groups())
+            yield patience
+            if groups():
+                now = "; Ctrl-C kills now" if self.status is not None else ""
+                self.say("waiting for %s (SIGKILL in %.0f s%s)" % (
+                    self.names(groups()), grace - patience, now))
+                yield grace - patience
+        yield from self.kill(groups)
+
+    def kill(self, groups):
+        """The last steps: SIGKILL, as long as anything ends by it; then give up."""
+        self.killing = self.status is not None
+        self.progress, left = True, groups()
+        if left:
+            self.say("sending SIGKILL to %s" % (
+                "all processes" if self.killing else self.names(left)))
+        while left and self.progress:
+            self.progress = False
+            self.send_sigkill(left)
+            yield LAST
+            left = groups()
+        if left:
+            self.say("cannot end %s" % self.names(left))
+
+    def advance(self, steps):
+        """Take the next step; after the last one of the set, it is over."""
+        wait = next(steps, None)
+        if wait is not None:
+            self.timers[partial(self.advance, steps)] = time.monotonic() + wait
+        elif self.status is not None:
+            self.over = True
+
+    # -- groups: {group: process id of a member}
+
+    def alive(self, among=None):
+        """The groups of all that is left, or those of them that are among some."""
+        groups = {group: [group] for group in (*self.leaders, *self.leaderless)}
+        if self.adopts:
+            groups.update(groups_below(children_of(os.getpid())))
+        groups.pop(os.getpgrp(), None)    # of a child that has not called setsid() yet
+        return {group: groups[group] for group in groups if among is None or group in among}
+
+    def pursue(self):
+        """See to what leaders that end have left behind; at the end of the set, to all that is not
+        a leader's."""
+        strays = {group: [] for group in self.leaderless}
+        if self.adopts and (strays or self.status is not None):
+            strays = groups_below(set(children_of(os.getpid())) - set(self.leaders))
+        if self.killing:
+            self.send_sigkill(strays)
+        elif self.status is not None:
+            self.terminate(strays)
+        else:
+            self.terminate({group: pids for group, pids in strays.items()
+                            if group in self.leaderless and self.leaderless[group].asked})
+
+    def name(self, group, pids):
+        """What a user knows a group by."""
+        child = self.leaders.get(group) or self.leaderless.get(group)
+        return child.instance.name if child else process_name(pids[0])
+
+    def names(self, groups):
+        """The names of groups, as one text."""
+        return list_names(self.name(*each) for each in groups.items())
 
     def signal(self, group, number):
         """Signal a group; between fork and setsid there is none yet, but the leader."""
         if not signal_group(group, number) and group in self.leaders:
-            try:
-                os.kill(group, number)
-            except PermissionError:
-                pass    # it has become another user's (sudo)
+            signal_process(group, number)
 
-    def pursue(self):
-        """During a shutdown: the last signal to the groups that did not get it yet; SIGKILL to
-        all, which cannot be too much, and a word on those that are in no instance's group."""
-        groups, killing = self.groups(), self.last == signal.SIGKILL
-        for pid in self.adopted() if killing else ():
-            if os.getpgid(pid) not in self.told | set(self.leaders):
-                self.report(b"killed", 0, pid)
-        for group in groups if killing else groups - self.told:
-            self.signal(group, self.last)
-            self.signal(group, signal.SIGCONT)    # or a stopped one would not see its SIGTERM
-        self.told |= groups
+    def send_sigkill(self, groups):
+        """SIGKILL to groups."""
+        for group, pids in groups.items():
+            self.killed.setdefault(group, self.name(group, pids))
+            self.signal(group, signal.SIGKILL)
 
-    def reap(self):
-        """Look at each dead child, act, and only then reap it: until then its id is its own."""
-        try:
-            for pid, status in iter(peek, (None, None)):
-                child = self.leaders.pop(pid, None)
-                if child and not self.adopts and signal_group(pid, 0):
-                    self.orphaned.add(pid)
-                if hasattr(os, "waitid"):
-                    os.waitpid(pid, 0)
-                if child:
-                    self.report(b"ended", child.place, status)
-        except ChildProcessError:
-            self.over = not self.waiting
-        self.orphaned = {group for group in self.orphaned if signal_group(group, 0)}
-        self.over = self.over and not self.orphaned
-        if self.last:
-            self.pursue()
+    def terminate(self, groups):
+        """SIGTERM, once, to the leaders of groups, and to groups without one.  A program tells its
+        workers itself; what it leaves is seen to when it has ended."""
+        for group in set(groups) - self.terminated:
+            self.terminated.add(group)
+            if group in self.leaders:
+                self.terminate_leader(group, self.leaders[group].text)
+            else:
+                again = list(filter(forgets_sigterm, groups[group]))
+                self.signal(group, signal.SIGTERM)
+                for pid in again:
+                    self.terminate_member(group, pid)
+            self.signal(group, signal.SIGCONT)    # or a stopped one would not see it
+
+    def terminate_leader(self, leader, text):
+        """SIGTERM to a leader, and if it is a shell that waits, to what this runs."""
+        runs = []
+        if text.startswith(TRAP) and is_shell(leader):
+            if not self.adopts:
+                return self.signal(leader, signal.SIGTERM)    # nothing tells what it runs
+            runs = [pid for pid in children_of(leader) if group_of(pid) == leader]
+        signal_process(leader, signal.SIGTERM)
+        for pid in runs:
+            self.terminate_member(leader, pid)
+
+    def terminate_member(self, group, pid, tries=3):
+        """SIGTERM to one process of a group, soon if it would forget it now."""
+        if tries and forgets_sigterm(pid):
+            later = partial(self.terminate_member, group, pid, tries - 1)
+            self.timers[later] = time.monotonic() + SETTLING
+        elif group_of(pid) == group:
+            signal_process(pid, signal.SIGTERM)
 
 
-# Sink: lines -> stdout ---------------------------------------------------------------------------
+# Front: shows ------------------------------------------------------------------------------------
+
+def own_description(fd, flags):
+    """Open anew what an fd is open for, non-blocking: the given file description is shared with
+    others.  Raises OSError, for instance if the terminal is another user's (su)."""
+    path = os.ttyname(fd) if os.isatty(fd) else "/proc/self/fd/%d" % fd
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
 
 class Sink:
     """The stream that all output goes to.  It never blocks and never loses a byte: what it does
@@ -1546,7 +1828,6 @@ class Sink:
 
     def __init__(self, fd):
         self.fd, self.full, self.error = fd, False, None
-        self.moved = False        # whether anything was written since that was last asked
         self.most = None          # bytes to write at once, None: any number
         self.selector = selectors.DefaultSelector()
         try:
@@ -1554,110 +1835,95 @@ class Sink:
             self.waits = not stat.S_ISREG(os.fstat(fd).st_mode)
         except OSError:           # epoll takes no files, nor /dev/null and /dev/full
             self.waits = False
+        self.is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
         if self.waits:
             self.open_again()
 
     def open_again(self):
-        """Get a non-blocking file description of our own; the given one is shared with others.
-
-        Where that cannot be had (a socket, macOS), no more is written at once than a writable pipe
-        takes without blocking (PIPE_BUF, POSIX); a terminal promises no more than a byte."""
+        """Get a file description of our own; where that cannot be had (a socket, a pipe on macOS),
+        no more is written at once than a writable pipe takes without blocking (PIPE_BUF, POSIX); a
+        terminal promises no more than a byte."""
         try:
             self.fd = own_description(self.fd, os.O_WRONLY)
-            widen(self.fd, CHUNK)
+            resize_pipe(self.fd, CHUNK)
         except OSError:
             self.most = 1 if os.isatty(self.fd) else 512
 
     def write(self, queue):
-        """Write buffers from the front of the queue, and take them out of it, while that goes."""
+        """Write buffers from the front of the queue, and take them out of it, while that goes;
+        return whether anything was written."""
+        moved = False
         try:
             while queue:
                 if self.most and not self.selector.select(0):
                     raise BlockingIOError
                 self.write_once(queue)
+                moved = True
             self.full = False
         except BlockingIOError:
             self.full = True
         except OSError as error:
             self.error, self.full = error, False
             queue.clear()
+        return moved
 
     def write_once(self, queue):
         """One system call."""
         batch = [queue[0][:self.most]] if self.most else queue[:256]
         taken = os.writev(self.fd, batch)
-        self.moved |= taken > 0
         while queue and taken >= len(queue[0]):
             taken -= len(queue.pop(0))
         if taken:
             queue[0] = memoryview(queue[0])[taken:]
 
 
-# Keyboard: keys -> bytes -------------------------------------------------------------------------
+LEAVE = b"\x1d"    # Ctrl-]
+ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")    # screen, on or off
+# Cursor keys and keypad, line wrap, cursor, mouse, focus and paste reports, colours, character set.
+RESET = (b"\x1b[?1l\x1b>\x1b[?7h\x1b[?25h\x1b[?1000;1002;1003;1004;1006;2004l\x1b[0m\x1b(B\x0f")
 
-class Keyboard:
-    """The user's terminal (fd 0) while an instance is attached: it passes each key on as it is."""
+
+class Terminal:
+    """The user's terminal, standard input: it gives lines typed for procrun or, in raw mode, the
+    keys for an attached program."""
 
     def __init__(self):
-        self.old, modes = termios.tcgetattr(0), termios.tcgetattr(0)
-        modes[0] &= ~(termios.BRKINT | termios.ICRNL | termios.ISTRIP | termios.IXON)
-        modes[3] &= ~(termios.ECHO | termios.ICANON | termios.IEXTEN | termios.ISIG)
-        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
-        characters = [modes[6][each] for each in (termios.VINTR, termios.VQUIT, termios.VSUSP)]
-        self.keys = dict(zip(characters, (signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP)))
-        self.keys.pop(bytes([os.fpathconf(0, "PC_VDISABLE") & 255]), None)    # switched off
-        self.interrupted = float("-inf")    # when the key of SIGINT was last pressed (monotonic)
-        self.set(modes)
-        self.raw = termios.tcgetattr(0)     # as the terminal has it
-        try:
-            self.fd = own_description(0, os.O_RDONLY)    # or a read would block after an fg
-        except OSError:
-            self.fd = 0
-        self.path = self.spare = None       # how the guard gets at it: it is to hold no terminal
+        self.modes, self.raw = termios.tcgetattr(0), False
         try:
             self.path = os.ttyname(0)
-            os.close(os.open(self.path, os.O_RDWR | os.O_NOCTTY))
+            self.fd = own_description(0, os.O_RDONLY)    # another reader may be faster
         except OSError:
-            self.spare = os.dup(0)          # su, or another mount namespace: it cannot be opened
+            self.path, self.fd = os.devnull, 0
 
-    def in_background(self):
-        """Whether the terminal is that of another group now."""
+    def is_ours(self):
+        """Whether to read it: not in the background, where that would stop procrun, nor while
+        another program, such as a pager that reads procrun's output, has put it into raw mode.
+        False as well if it is gone."""
         try:
-            return os.tcgetpgrp(0) != os.getpgrp()
-        except OSError:
-            return False    # it is gone, or not the controlling one
+            return (os.tcgetpgrp(0) == os.getpgrp()
+                    and (self.raw or bool(termios.tcgetattr(0)[3] & termios.ICANON)))
+        except (OSError, termios.error):
+            return False
 
-    def set(self, modes):
-        """Set the terminal's modes, to .raw or .old; not from the background, where SIGTTOU would
-        stop procrun: `fg` brings a SIGCONT."""
-        try:
-            if not self.in_background():
-                termios.tcsetattr(0, termios.TCSANOW, modes)
-        except termios.error:
-            pass    # it is gone
+    def set_raw(self, raw):
+        """Put it into raw mode, or back; not from the background, where SIGTTOU would stop us."""
+        if self.raw == raw or not self.is_ours():
+            return
+        self.raw = raw
+        if raw:
+            tty.setraw(0, termios.TCSANOW)
+        else:
+            termios.tcsetattr(0, termios.TCSANOW, self.modes)
 
-    def give_back(self):
-        """The same from another session: .old, if it has .raw (it may be another's by now)."""
+    def restore(self):
+        """The same from the guard's session, with the screen, when the front was killed."""
         try:
-            fd = self.spare or os.open(self.path, os.O_RDWR | os.O_NOCTTY)
-            if termios.tcgetattr(fd) == self.raw:
-                termios.tcsetattr(fd, termios.TCSANOW, self.old)
+            fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+            termios.tcsetattr(fd, termios.TCSANOW, self.modes)
+            os.write(fd, RESET + b"\x1b[?1047l\x1b[999H\r\n")
             os.close(fd)
         except (OSError, termios.error):
-            pass    # it is gone
-
-    def split(self, typed):
-        """Yield (signal or None, bytes): keys that stand for signals, and what is between."""
-        keys = b"|".join(map(re.escape, self.keys)) or b"(?!)"
-        for part in filter(None, re.split(b"(%s)" % keys, typed)):
-            yield self.keys.get(part), part
-
-
-# Supervisor: the set -----------------------------------------------------------------------------
-
-Options = namedtuple("Options", "grace can_die quiet")
-Options.__doc__ = """How a set is run: grace period (seconds); the instances whose exit 0 does not
-end it; the instances whose output is dropped."""
+            pass    # it is gone, or another user's
 
 
 def port_taken(port):
@@ -1677,42 +1943,63 @@ def port_taken(port):
     return False
 
 
-class Supervisor:
-    """The set of children, from the first fork to the last reaping; run() tells the story."""
+TYPED_COMMANDS = """\
+restart [NAME ...]  end them (default: all), and start them again
+stop NAME ...       end them, until they are restarted
+attach NAME         type to it; Ctrl-] (without --pty: Ctrl-D) leaves
+ps                  list the instances
+help                this list""".splitlines()
 
-    def __init__(self, options, printer, sink, signals):
-        self.options, self.printer, self.sink, self.signals = options, printer, sink, signals
+
+class Front(Loop):
+    """What the user sees: prints what children write and the guard reports, and passes signals,
+    typed commands and keys on.  It decides nothing; run() tells the story."""
+
+    def __init__(self, children, options, printer, sink, terminal):
+        super().__init__()
+        self.children, self.options, self.printer = children, options, printer
+        self.sink, self.terminal = sink, terminal
         self.system = Source("system", "37")
+        self.queue = printer.queue    # what stdout has not taken yet
         self.partial = {}          # Child with an unfinished line -> when to show it; in order
-        self.steps = []            # what is left of the shutdown
-        self.status = None         # the exit status, from the begin of the shutdown on
-        self.patience = 0          # until when (monotonic) to wait for a stdout that takes nothing
-        self.over = False          # the shutdown has been given up
-        self.lost = False          # output could not be written
-        self.read_last = 0         # the fd of the child that was read last
-        self.killed = []           # what got SIGKILL: names of instances, "process N"
-        self.attached = self.keyboard = self.guard = self.guard_status = None
-        self.typed = bytearray()   # what the attached child has not taken yet
-        self.report = b""          # the unfinished line of the guard's reports
-        self.arrived = b""         # signals (bytes) that are not acted upon yet
-        become_subreaper()         # for the case that the guard is killed
-        self.reap()                # what has died before anybody could tell
-        self.strangers = own_children() or set()    # of a shell that became procrun, say
+        self.status = None         # the exit status, which is the guard's last report
+        self.guard = self.reports = None
+        self.signalled = None      # when a signal first asked for the end (monotonic)
+        self.pausing = False       # Ctrl-Z, until the guard has stopped all
+        self.lost = None           # the exit status for output that could not be written
+        self.over = False
+        self.attached = None       # the Child that the terminal belongs to
+        self.attach_first = []     # the one to be attached when it starts, if any
+        self.in_line = False       # whether what the attached program wrote ends in mid-line
+        self.typed = bytearray()   # what the attached program has not taken yet
+        self.held = 0              # bytes of others that are held back meanwhile
+        self.held_back = []        # those that wait, as these are too many
+        self.alternate = b"l"      # whether the attached program uses the alternate screen
         self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
-        self.watch(signals, self.on_signals)
-        if sink.waits:
-            self.stalled.register(sink.fd, selectors.EVENT_WRITE, self.flush)
 
-    def run(self, children, ground, attached):
-        """Run the children; return the exit status."""
-        self.children, self.left = children, set(children)
+    def run(self, guard, signals):
+        """Run the set; return the exit status."""
+        self.signals = signals
+        self.reap()    # what has ended before anybody could tell
+        for instance in (child.instance for child in self.children):
+            if port_taken(instance.port):
+                self.say("%s: port %d is already in use" % (instance.name, instance.port))
+        self.resize()
+        self.guard, self.orders, self.reports = guard.fork()
+        for child in self.children:
+            os.close(child.output)
+            if not child.terminal:
+                os.close(child.stdin)
+        self.watch_all()
         try:
-            self.start(ground, attached)
-            while not self.finished():
-                self.turn()
+            while not self.over:
+                self.step()
         finally:
-            self.put_down()
-        return self.status
+            self.detach()
+            self.sink.write(self.queue)
+            # CPython takes its handlers down at exit: a late signal is not to end it then.
+            signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+        return 1 if self.status == 0 and self.lost == 1 else self.status
 
     def watch(self, fd, method):
         """Call the method when the fd can be read, whether stdout takes anything or not."""
@@ -1724,23 +2011,30 @@ class Supervisor:
         self.busy.unregister(fd)
         self.stalled.unregister(fd)
 
-    def start(self, ground, attached):
-        """Fork the guard, which forks the children."""
-        for instance in (child.instance for child in self.children):
-            if port_taken(instance.port):
-                self.say("%s: port %d is already in use" % (instance.name, instance.port))
-        if attached:
-            self.attached = attached
-            self.keyboard = Keyboard()
-            self.watch(self.keyboard.fd, self.on_keys)
-        self.resize()
-        guard = Guard(ground, self.children, self.options.grace, self.keyboard)
-        self.guard, self.orders, self.reports = guard.fork()
+    def watch_all(self):
+        """Begin to watch what is there from the start; children follow when they are started."""
+        self.watch(self.signals, self.on_signals)
         self.watch(self.reports, self.on_reports)
-        for child in self.children:
-            if not child.terminal:
-                child.release()
-            self.busy.register(child.fd, selectors.EVENT_READ, partial(self.on_output, child))
+        if self.sink.waits:
+            self.stalled.register(self.sink.fd, selectors.EVENT_WRITE, self.flush)
+        if self.sink.is_pipe:
+            # Nothing can be read there, but epoll and kqueue tell so that the reader is gone.
+            self.busy.register(self.sink.fd, selectors.EVENT_READ, self.on_reader_gone)
+        if self.terminal:
+            self.watch_terminal()
+            if self.terminal.is_ours():
+                self.say("type help for the commands; Ctrl-C ends everything")
+
+    def step(self):
+        """Wait for something to happen, and act upon it."""
+        selector = self.stalled if self.sink.full else self.busy
+        self.timers.pop(self.show_partial, None)
+        if self.partial and selector is self.busy:    # else what looks unfinished is only not read
+            self.timers[self.show_partial] = next(iter(self.partial.values()))
+        self.turn(selector)
+        self.flush()
+        if self.reports is None and not self.queue:
+            self.over = True
 
     # -- output
 
@@ -1750,258 +2044,341 @@ class Supervisor:
 
     def flush(self):
         """Write what is queued, as far as stdout takes it."""
-        self.sink.write(self.printer.queue)
+        moved = self.sink.write(self.queue)
+        if moved and self.reports is None and self.on_limit in self.timers:
+            self.set_limit(self.options.grace)
         if self.sink.error and not self.lost:
-            self.lost = True
             self.on_lost(self.sink.error)
+
+    def on_reader_gone(self):
+        """Nobody reads stdout any more: found by writing, as if there was something to say."""
+        self.busy.unregister(self.sink.fd)
+        self.queue.append(b"\n")
 
     def on_lost(self, error):
         """Output is lost, because nobody reads any more, or for a worse reason."""
         unread = error.errno in (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+        self.lost = 128 + signal.SIGPIPE if unread else 1
         if not unread:
-            complain("cannot write the output: %s" % error.strerror)
-        if self.status is None:
-            self.begin(128 + signal.SIGPIPE if unread else 1)
-        elif not unread:
-            self.status = self.status or 1
+            print_error("cannot write the output: %s" % error.strerror)
+        self.order("end", self.lost)
 
-    def close(self, child):
-        """The output of a child is at its end."""
-        self.busy.unregister(child.fd)
-        os.close(child.fd)
-        child.fd = None
-        self.partial.pop(child, None)
-        self.printer.finish(child.source)
-        self.settle(child)
-
-    def settle(self, child):
-        """Tell the exit of a child that is done."""
-        if child.fd is None and child.status is not None:
-            self.say(child.ending, child.source)
+    def show(self, child, data):
+        """Pass on what an instance has written: behind its prefix, or as it is if attached."""
+        source = child.source
+        if child is self.attached:
+            self.queue.append(data)
+            self.in_line = not data.endswith(b"\n")
+            self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
+        elif child.instance not in self.options.quiet:
+            self.printer.feed(source, data)
+            if b"\n" in data or not source.tail:
+                self.partial.pop(child, None)
+            if source.tail:
+                self.partial.setdefault(child, time.monotonic() + QUIET)
+            if self.attached:
+                self.hold(child, len(data))
 
     def read(self, child, most):
-        """Pass on what a child has written, `most` bytes of it; return how many there were."""
-        if child.fd is None or self.sink.full:
-            return 0
+        """Show what an instance has written, `most` bytes of it; return how many there were."""
         data = read_some(child.fd, most)
-        if data == b"":
-            self.close(child)
-        elif data and not self.sink.error and child.instance not in self.options.quiet:
-            self.printer.feed(child.source, data)
-            self.partial.pop(child, None)
-            if child.source.tail:
-                self.partial[child] = time.monotonic() + QUIET
+        if data and not self.sink.error:
+            self.show(child, data)
             if len(data) >= LITTLE:
                 self.flush()
         return len(data or b"")
 
     def on_output(self, child):
-        """A child has written, or its output is at its end, or it takes what is typed again."""
-        if self.typed and child is self.attached:
-            self.type(b"")
-        if child.pid is None:
-            self.on_reports()    # it reported itself before it wrote anything
-        fd, size = child.fd, self.read(child, child.appetite)
-        child.appetite = CHUNK if size >= LITTLE else LITTLE
-        self.read_last = fd if size else self.read_last
+        """An instance has written.  Each that has is read once, even if stdout is full by then."""
+        child.read_size = CHUNK if self.read(child, child.read_size) >= LITTLE else LITTLE
 
     def drain(self, child):
-        """A dead leader's last words: what its pipe holds now.  Others may hold the pipe, too, and
-        go on writing, so this is bounded by what a pipe can hold."""
-        room = size = CHUNK
+        """Show what its pipe holds now; others may hold it, too, and go on writing, so this is
+        bounded by what the pipe can hold."""
+        room = size = child.capacity
         while room > 0 and size:
-            size = self.read(child, CHUNK)
+            size = self.read(child, child.capacity)
             room -= size
 
     def show_partial(self):
-        """Show the unfinished lines that have been quiet for long enough."""
-        while self.partial and not self.sink.full:
-            child, when = next(iter(self.partial.items()))
-            if when > time.monotonic():
-                break
+        """Show the unfinished lines that have waited for long enough."""
+        now = time.monotonic()
+        for child in [each for each, when in self.partial.items() if when <= now]:
             del self.partial[child]
             self.printer.show(child.source)
 
-    # -- what the guard reports
+    # -- reports
 
     def on_reports(self):
-        """Act upon the guard's reports; at their end nothing is left."""
-        data = None if self.reports is None else read_some(self.reports)
-        if data is None:
-            return
-        *lines, self.report = (self.report + data).split(b"\n")
-        for line in lines:
-            word, place, value = line.decode().split()
-            getattr(self, "on_" + word)(self.children[int(place)], int(value))
-        if not data:
+        """Act upon the guard's reports."""
+        if not self.receive(self.reports):
             self.on_guard_gone()
+        elif self.on_limit in self.timers:
+            self.set_limit(self.options.grace + 1)
 
-    def on_started(self, child, pid):
-        """A child was forked."""
+    def on_progress(self):
+        """Something has ended."""
+
+    def on_started(self, index, pid):
+        """An instance was forked; now its output may be read."""
+        child = self.children[index]
         child.pid, child.began = pid, time.monotonic()
         self.say("started with pid %d, PORT=%d" % (pid, child.instance.port), child.source)
+        self.watch_output(child)
+        if child in self.attach_first:
+            self.attach_first = []
+            self.attach(child)
 
-    def on_failed(self, child, number):
-        """A child could not be forked, or not come to exec."""
-        self.fail("%s: cannot start: %s" % (child.instance.name, os.strerror(number)))
+    def watch_output(self, child):
+        """Read its output, if that is not so yet."""
+        if child.fd not in self.busy.get_map():
+            self.busy.register(child.fd, selectors.EVENT_READ, partial(self.on_output, child))
 
-    def on_killed(self, _, pid):
-        """A process that a leader left behind had to be killed."""
-        self.killed.append("process %d" % pid)
-
-    def on_ended(self, child, status):
-        """A leader has died."""
-        child.status = status
-        self.left.discard(child)
-        child.release()
-        # First what it has written last, then the word on its end, then why the set ends.
-        self.settle(child)
+    def on_ended(self, index, status):
+        """A leader has ended: first what it has written last, then the word on its end."""
+        child = self.children[index]
         self.drain(child)
-        if self.status is None and (status != 0 or child.instance not in self.options.can_die):
-            self.begin(status if status >= 0 else 128 - status, child)
-        elif self.status is None and not self.left:
-            self.begin(0)    # all that may die have died
+        if child is self.attached:
+            self.detach()
+        self.end_line(child)
+        child.pid, child.began, child.ended = None, time.monotonic(), how_it_ended(status)
+        self.say(child.ended, child.source)
+
+    def end_line(self, child):
+        """It will not finish its line."""
+        self.partial.pop(child, None)
+        self.printer.finish(child.source)
+
+    def on_stopped(self):
+        """After Ctrl-Z the guard has stopped all; now procrun stops, unless it was continued
+        meanwhile.  (Sessions of their own hide the children from the terminal's SIGTSTP, and
+        theirs would be ignored, as their groups are orphaned.)"""
+        if self.pausing:
+            self.printer.close_line()
+            self.set_raw(False)
+            self.flush()
+            self.on_signals()
+        if self.pausing:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def on_exit(self, status):
+        """The last report."""
+        self.status = status
 
     def on_guard_gone(self):
-        """The guard has ended: nothing is left, or it was killed, and the rest is ours to end.
-        What a pipe holds is still to be read; and where there is no subreaper, a process that has
-        left its group may hold it."""
+        """The guard has ended, and so has the set; or it was killed, which ends the set."""
         self.unwatch(self.reports)
-        if not self.bury_guard():
-            self.fail("the guard was killed")
-        self.steps = [(max(time.monotonic() + LAST, self.patience), GIVE_UP)]
-        for child in self.children:
-            child.release()
-            self.drain(child)
-        if self.killed:
-            self.say("killed %d: %s" % (len(self.killed), ", ".join(self.killed)))
-
-    def take_over(self):
-        """The guard was killed: end its children, which are ours now (elsewhere than on Linux, the
-        leaders, by their ids)."""
-        for child in self.left:
-            if child.pid:
-                signal_group(child.pid, signal.SIGKILL)
-        for pids in iter(lambda: (own_children() or set()) - self.strangers, set()):
-            for pid in pids:
-                group = os.getpgid(pid)
-                if group != os.getpgrp() and signal_group(group, signal.SIGKILL):
-                    os.waitpid(pid, 0)
-                else:
-                    self.strangers.add(pid)    # not of the set, or another user's by now (sudo)
-        self.left.clear()
-
-    def bury_guard(self):
-        """Reap the guard; return whether it did its work; if it was killed, do it."""
-        os.close(self.reports)    # or it could wait for somebody to read them
         self.reports = None
-        if self.guard_status is None:
-            self.guard_status = os.waitpid(self.guard, 0)[1]
-        if self.guard_status != 0:
-            self.take_over()
-        return self.guard_status == 0
+        if self.status is None:
+            self.say("the guard was killed")
+            self.status = 1
+            for child in self.children:
+                if child.pid:
+                    signal_group(child.pid, signal.SIGKILL)
+        self.detach()
+        for child in self.children:
+            if child.fd in self.busy.get_map():
+                self.busy.unregister(child.fd)
+            self.drain(child)
+            self.end_line(child)
+        self.timers.clear()
+        if self.signalled:
+            self.set_limit(self.options.grace)
 
-    # -- signals and keys
+    # -- orders and limits
+
+    def order(self, word, number):
+        """Give the guard an order, and wake it if somebody has stopped it."""
+        if self.guard:
+            try:
+                os.write(self.orders, b"%s %d\n" % (word.encode(), number))
+                os.kill(self.guard, signal.SIGCONT)
+            except OSError:
+                pass    # it was killed, or takes nothing: there is a limit for that
+
+    def set_limit(self, seconds):
+        """Wait so long, and no longer, for the guard's next report; or, when the guard has ended,
+        for stdout to take anything."""
+        self.timers[self.on_limit] = time.monotonic() + max(seconds, LAST)
+
+    def on_limit(self):
+        """The time is over."""
+        if self.reports is None:
+            self.over = True
+            print_error("standard output takes nothing; the last %d bytes of output are lost"
+                        % sum(map(len, self.queue)))
+            self.queue.clear()
+        else:
+            print_error("the guard does not answer; killing it and all processes")
+            if self.guard:
+                signal_process(self.guard, signal.SIGKILL)
+            self.on_guard_gone()
 
     def on_signals(self):
-        """Act upon the signals that arrived, each once, in their order."""
-        self.arrived += read_some(self.signals) or b""
-        while self.arrived:
-            number = self.arrived[0]
-            self.arrived = self.arrived.replace(self.arrived[:1], b"")
+        """Act upon the signals that arrived, in their order."""
+        for number in read_some(self.signals) or b"":
             if number in ENDING:
-                self.on_end(number)
+                self.on_ending_signal(number)
             elif number in PASSED_ON:
-                self.order(number)
-            elif number == signal.SIGTSTP:
-                self.pause()
+                self.order("signal", number)
+            elif number == signal.SIGTSTP and os.getpid() != 1:    # that one cannot be stopped
+                self.pausing = True
+                self.order("signal", signal.SIGSTOP)
             elif number == signal.SIGCONT:
-                self.go_on()
+                self.pausing = False
+                self.order("signal", number)
+                self.set_raw(True)
+                self.resize()
             elif number == signal.SIGWINCH:
                 self.resize()
-            else:
+            elif number == signal.SIGCHLD:
                 self.reap()
 
-    def on_end(self, number):
-        """A signal that ends procrun: the first begins the shutdown, SIGINT or SIGTERM after it
-        hurry it."""
-        if self.status is None:
-            self.say("%s received, shutting down" % signal_name(number))
-            self.begin(128 + number)
-        elif number in (signal.SIGINT, signal.SIGTERM):
-            if self.reports is None:
-                self.over = self.sink.full    # only stdout is waited for
-            elif any(what == signal.SIGKILL for _, what in self.steps):
-                self.steps = hurried(time.monotonic())
+    def on_ending_signal(self, number):
+        """The guard decides what it means; when it has ended, only stdout is waited for, and a
+        second signal ends that."""
+        now = time.monotonic()
+        if self.reports is None and self.signalled and now > self.signalled + ONE_REQUEST:
+            return self.on_limit()
+        self.signalled = self.signalled or now
+        self.order("signal", number)
+        if self.on_limit not in self.timers:
+            self.set_limit(self.options.grace + 1)
 
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
         try:
-            for pid, status in iter(partial(os.waitpid, -1, os.WNOHANG), (0, 0)):
+            for pid, _ in iter(partial(os.waitpid, -1, os.WNOHANG), (0, 0)):
                 if pid == self.guard:
-                    self.guard_status = status
+                    self.guard = None
         except ChildProcessError:
             pass
 
-    def pause(self):
-        """Ctrl-Z: the children are in sessions of their own, where the terminal's SIGTSTP does not
-        reach them and their own would be ignored (orphaned groups), so it is SIGSTOP for all."""
-        if os.getpid() == 1:
-            return    # process 1 cannot be stopped
-        self.order(signal.SIGSTOP)
-        self.printer.close_line()
-        self.sink.write(self.printer.queue)
-        if self.keyboard:
-            self.keyboard.set(self.keyboard.old)
-        self.arrived += read_some(self.signals) or b""
-        if signal.SIGCONT not in self.arrived:    # or it would sleep through that
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    def go_on(self):
-        """After a stop; the terminal may have been used and resized since."""
-        self.order(signal.SIGCONT)
-        if self.keyboard:
-            self.keyboard.set(self.keyboard.raw)
-        self.resize()
-
     def resize(self):
         """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
-        columns, rows = 80, 24
+        wide = high = 0    # as a terminal has it that was never told
         try:
             wide, high = os.get_terminal_size(1)
-            if wide and high:    # a terminal that was never told has 0x0
-                rows, columns = high, max(1, wide - self.printer.margin)
         except OSError:
             pass
-        size = b"".join(each.to_bytes(2, sys.byteorder) for each in (rows, columns, 0, 0))
         for child in self.children:
-            if child.terminal and child.fd is not None:
+            if child.terminal:
+                margin = self.printer.margin if wide and child is not self.attached else 0
+                size = struct.pack("4H", high or 24, max(1, (wide or 80) - margin), 0, 0)
                 fcntl.ioctl(child.fd, termios.TIOCSWINSZ, size)
 
-    def on_keys(self):
-        """Keys for the attached child; those of signals end the set, or stop it."""
-        typed, now = read_some(self.keyboard.fd), time.monotonic()
-        if typed == b"":
-            self.unwatch(self.keyboard.fd)
-        self.keyboard.set(self.keyboard.raw)    # a shell's bg and fg may not have told
-        for number, data in self.keyboard.split(typed or b""):
-            first = self.status is None and now - self.keyboard.interrupted > 1
-            if number == signal.SIGTSTP:
-                self.arrived += bytes([number])
-                self.on_signals()
-            elif number == signal.SIGINT and first and self.attached.fd is not None:
-                self.keyboard.interrupted = now
-                self.type(data)
-            elif number:
-                self.on_end(number)
-            else:
-                self.type(data)
+    # -- typed commands, or an attached program's keys
+
+    def watch_terminal(self):
+        """Read what is typed."""
+        self.watch(self.terminal.fd, self.on_typed)
+
+    def on_typed(self):
+        """Something was typed, or so it seems: it may be meant for another program.  Then look
+        again in a second, as a shell's `fg` sends no signal."""
+        data = read_some(self.terminal.fd) if self.terminal.is_ours() else None
+        if data == b"" and self.attached:    # Ctrl-D
+            self.detach()
+        elif not data:
+            self.unwatch(self.terminal.fd)
+            self.timers[self.watch_terminal] = time.monotonic() + 1
+        elif self.attached and self.attached.terminal:
+            keys, leave, data = data.partition(LEAVE)
+            self.type(keys)
+            if leave:
+                self.detach()
+                self.on_lines(data)
+        elif self.attached:
+            self.type(data)
+        else:
+            self.on_lines(data)
+
+    def on_lines(self, data):
+        """Typed commands."""
+        for line in data.decode("utf-8", "replace").splitlines():
+            try:
+                self.on_command(*line.split())
+            except UsageError as error:
+                self.say(str(error))
+
+    def on_command(self, word="", *names):
+        """One of them; a blank line is none."""
+        if word in ("restart", "ps") or word in ("stop", "attach") and names:
+            for child in self.named(names, word):
+                if word == "ps":
+                    self.say(self.state(child))
+                elif word != "attach":
+                    self.order(word, child.index)
+                elif not self.attached:
+                    self.attach(child)
+        elif word:
+            for line in TYPED_COMMANDS:
+                self.say(line)
+
+    def named(self, names, word):
+        """The children that a command is about; without names, all."""
+        instances = [child.instance for child in self.children]
+        chosen = selected(names, instances, word) if names else instances
+        return [child for child in self.children if child.instance in chosen]
+
+    def state(self, child):
+        """A line of ps."""
+        minutes, seconds = divmod(int(time.monotonic() - (child.began or 0)), 60)
+        if child.pid:
+            text = "pid %d, running for %d:%02d" % (child.pid, minutes, seconds)
+        else:
+            text = "%s %d:%02d ago" % (child.ended, minutes, seconds)
+        return "%s  PORT=%d, %s" % (child.instance.name, child.instance.port, text)
+
+    def attach(self, child):
+        """Make the terminal an instance's: what is typed, and what it writes, as it is."""
+        name = child.instance.name
+        if not child.pid:
+            return self.say("%s is not running" % name)
+        if child.terminal and not os.isatty(1):
+            return self.say("standard output is no terminal; a program under --pty needs one")
+        self.end_line(child)
+        self.say("attached to %s; %s leaves it" % (name, "Ctrl-]" if child.terminal else "Ctrl-D"))
+        self.flush()
+        self.attached, self.printer.queue, self.held = child, [], 0
+        self.set_raw(True)
+        self.resize()
+
+    def set_raw(self, raw):
+        """Put the terminal into raw mode for an attached program with a PTY, or back."""
+        if self.attached and self.attached.terminal:
+            self.order("raw", raw)
+            self.terminal.set_raw(raw)
+            if not raw:
+                self.queue.append(RESET + (b"\x1b[?1049l" if self.alternate == b"h" else b""))
+                self.alternate = b"l"
+
+    def detach(self):
+        """Take the terminal back, and show what others have written meanwhile."""
+        if not self.attached:
+            return
+        self.set_raw(False)
+        self.typed.clear()
+        self.type(b"")
+        self.attached = None
+        self.queue += [b"\n"] if self.in_line else []
+        self.queue += self.printer.queue
+        self.printer.queue = self.queue
+        for child in self.held_back:
+            self.watch_output(child)
+        self.held_back.clear()
+        self.resize()
+
+    def hold(self, child, size):
+        """Count what is held back; when it is too much, others wait until the end of attach."""
+        self.held += size
+        if self.held > MOST_HELD and child.fd in self.busy.get_map():
+            self.busy.unregister(child.fd)
+            self.held_back.append(child)
 
     def type(self, data):
-        """Write to the attached child's PTY; what it does not take now, later."""
-        fd = self.attached.fd
-        if fd is None:
-            return
+        """Write to the attached program; what it does not take now, later."""
+        fd = self.attached.input
         self.typed += data
         try:
             del self.typed[:os.write(fd, self.typed)]
@@ -2009,127 +2386,21 @@ class Supervisor:
             pass
         except OSError:
             self.typed.clear()    # it has ended
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.typed else 0)
-        self.busy.modify(fd, events, self.busy.get_key(fd).data)
-
-    # -- the end
-
-    def begin(self, status, child=None):
-        """Begin the shutdown; `status` is procrun's, `child` the one that caused it, if any."""
-        self.status, now = status, time.monotonic()
-        if child:
-            self.say("%s %s after %.1f s, stopping the rest" % (
-                child.instance.name, child.ending, now - (child.began or now)))
-            self.patience = now + self.options.grace + LAST
-        self.steps = ladder(now, self.options.grace, 0.1 if os.isatty(1) else 1.0)
-        self.obey()
-
-    def fail(self, message):
-        """procrun cannot go on: say so, end the set with status 1."""
-        if self.status is None:
-            complain(message)
-            self.begin(1)
-
-    def obey(self):
-        """Do what the shutdown has due."""
-        whats, self.steps = due(self.steps, time.monotonic())
-        for what in whats:
-            if what is TELL:
-                self.tell()
-            elif what is GIVE_UP:
-                self.give_up()
-            else:
-                self.send(what)
-
-    def order(self, number):
-        """Have the guard signal all groups."""
-        try:
-            os.write(self.orders, bytes([number]))
-        except OSError:
-            pass    # it has ended, or was killed
-
-    def alive(self):
-        """The names of the instances that were started and have not ended."""
-        return [child.instance.name for child in self.children if child.pid and child in self.left]
-
-    def send(self, number):
-        """SIGTERM or SIGKILL to all that is left."""
-        if self.left:
-            self.say("sending %s to all processes" % signal_name(number))
-        if number == signal.SIGKILL:
-            self.killed += self.alive()
-        self.order(number)
-        if self.guard_status is None:
-            os.kill(self.guard, signal.SIGCONT)    # in case that somebody has stopped it
-
-    def tell(self):
-        """Say who is waited for."""
-        for when, what in self.steps:
-            if what == signal.SIGKILL and self.reports is not None:
-                self.say("waiting for %s (SIGKILL in %.0f s; Ctrl-C kills now)" % (
-                    ", ".join(self.alive()) or "what was left behind", when - time.monotonic()))
-
-    def give_up(self):
-        """The time is over.  While stdout takes something, go on; else end: what still holds a
-        pipe has left its group where that cannot be helped (not Linux)."""
-        if self.sink.full and self.sink.moved:
-            self.sink.moved = False
-            self.steps = [(time.monotonic() + LAST, GIVE_UP)]
-            return
-        self.over = True
-        for child in self.children:
-            self.drain(child)
-            if child.fd is not None and child.pid:
-                self.printer.finish(child.source)
-                self.say("its output is still held by a process that could not be ended",
-                         child.source)
-
-    def finished(self):
-        """Whether nothing is left and everything is told, or the shutdown was given up."""
-        return self.over or (self.reports is None and not self.printer.queue
-                             and all(child.fd is None for child in self.children))
-
-    def turn(self):
-        """Wait for something to happen, and act upon it."""
-        times = [when for when, _ in self.steps[:1]]
-        if self.partial and not self.sink.full:
-            times.append(next(iter(self.partial.values())))
-        selector = self.stalled if self.sink.full else self.busy
-        events = selector.select(until(times, time.monotonic()))
-        # In turn, and first those behind who was read last: once stdout is full, no more are read.
-        for _, _, key in sorted((each.fd <= self.read_last, each.fd, each) for each, _ in events):
-            key.data()
-        if selector is self.busy:    # or what looks quiet was only not read
-            self.show_partial()
-        if self.steps:
-            self.obey()
-        self.flush()
-
-    def put_down(self):
-        """Whatever happened: leave no child, no guard, and the terminal as it was.
-
-        CPython takes its signal handlers down at exit: late signals are blocked, not to end it so.
-        """
-        if self.guard:
-            self.order(signal.SIGKILL)
-            os.close(self.orders)
-            if self.reports is not None:
-                self.bury_guard()
-        if self.keyboard:
-            self.keyboard.set(self.keyboard.old)
-        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+        if fd in self.busy.get_map():
+            self.busy.unregister(fd)
+        if self.typed:
+            self.busy.register(fd, selectors.EVENT_WRITE, partial(self.type, b""))
 
 
 # Files: text -> LOCATION -------------------------------------------------------------------------
 
 def write_new(path, mode, data):
     """Create a file with this content (bytes), private from its first byte on; have it on disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(fd, "wb") as file:
+    with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
         file.write(data)
         file.flush()
-        os.fchmod(fd, mode)
-        os.fsync(fd)
+        os.chmod(file.fileno(), mode)
+        os.fsync(file)
 
 
 def begins_with(path, pattern):
@@ -2144,24 +2415,25 @@ def begins_with(path, pattern):
 
 
 def marked(location, app, mark):
-    """Return the relative paths of the files that an export of the app may have written (in a
-    folder, and in service directories) whose first comment begins with the mark (bytes); links are
-    not followed."""
+    """Return the set of the relative paths of the files that an export of the app may have written
+    (in a folder, and in service directories) whose first comment begins with the mark (bytes);
+    links are not followed."""
     place = re.compile(r"(%s-[\w-]+-\d+/((env|control|log)/)?)?[^/]+" % re.escape(app))
-    first = rb'(?:.*\n){0,2}(?:# |; |<!-- )%s|\{\n(?:.*\n){0,9} *"procrun/made-by": "%s'
+    first = rb'(?:.*\n){0,2}(?:# |; |<!-- | *"procrun/made-by": ")'
     mark = re.escape(mark).replace(rb"\-\-", rb"\-(?:\-|&#45;)")    # as an XML comment has it
-    pattern = re.compile(first % (mark, mark))
-    found = []
+    pattern = re.compile(first + mark)
+    found = set()
     for folder, _, names in os.walk(location):
         paths = (os.path.relpath(os.path.join(folder, name), location) for name in names)
-        found += [path for path in paths if place.fullmatch(path)
-                  and begins_with(os.path.join(location, path), pattern)]
-    return sorted(found)
+        found.update(path for path in paths if place.fullmatch(path)
+                     and begins_with(os.path.join(location, path), pattern))
+    return found
 
 
 def in_the_way(location, files, ours, force):
     """Raise Failure if something stands where a file or its folder is to be: a file that is not
     among `ours`, or a link in place of a folder."""
+    real = os.path.realpath(location)
     for file in files:
         path = os.path.join(location, file.path)
         if os.path.isdir(path) and not os.path.islink(path):
@@ -2169,30 +2441,26 @@ def in_the_way(location, files, ours, force):
         if os.path.lexists(path) and file.path not in ours and not force:
             raise Failure("%s: exists and is not of this app and format; move it away, or use "
                           "--force" % path)
-        folder = os.path.dirname(path)
-        while folder != location:
-            if os.path.islink(folder) or os.path.lexists(folder) and not os.path.isdir(folder):
-                raise Failure("%s: is a link or no directory; move it away" % folder)
-            folder = os.path.dirname(folder)
+        if os.path.realpath(os.path.dirname(path)) != os.path.dirname(
+                os.path.join(real, file.path)):
+            raise Failure("%s: its folder is a link; move that away" % path)
 
 
 def stage(folder, files):
     """Write all files into a new private folder, with numbers for names; one that an export which
     was killed has left there goes."""
     import shutil
-    if os.path.lexists(folder):
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder, 0o700)
     for number, file in enumerate(files):
         write_new(os.path.join(folder, str(number)), file.mode, file.text.encode())
 
 
-def prune(location, name):
-    """Remove the folders between a location and a file that is gone, as far as they are empty."""
+def remove_empty(folder):
+    """Remove a folder, and those above, as far as they are empty; the location is not, as long as
+    the new files' folder is there."""
     try:
-        while "/" in name:
-            name = os.path.dirname(name)
-            os.rmdir(os.path.join(location, name))
+        os.removedirs(folder)
     except OSError:
         pass    # not empty
 
@@ -2216,8 +2484,8 @@ def install(location, staging, files, gone):
         for name in gone:
             path = os.path.join(location, name)
             os.unlink(path)
-            prune(location, name)
             done.append(path)
+            remove_empty(os.path.dirname(path))
     except OSError as error:
         raise Failure("%s: %s; already replaced or removed: %s" % (
             path, error.strerror, ", ".join(done) or "nothing"))
@@ -2286,7 +2554,7 @@ def load_app(args, types):
     for name in names:
         found, warnings = parse_env(read_file(name), name, {**os.environb, **variables})
         variables.update(found)
-        complain(*warnings)
+        print_error(*warnings)
     return App(types, variables, absolute(root))
 
 
@@ -2344,30 +2612,21 @@ def tidy_fds():
             pass    # it was the one that listed them
 
 
-def wait_for_front():
-    """Before --attach: stop by SIGTTOU as long as the terminal is another group's (`&`)."""
-    try:
-        termios.tcdrain(0)
-    except termios.error:
-        pass    # no shell is there to continue it (an orphaned group)
-
-
-def open_children(args, types, instances):
-    """Return (the children, the attached one or None), with their pipes and PTYs open."""
-    wanted = selected([args.attach], instances, "--attach")[:1] if args.attach else []
-    if wanted and not (os.isatty(0) and os.isatty(1)):
-        raise UsageError("--attach needs a terminal as standard input and output")
-    if wanted:
-        wait_for_front()
+def open_children(types, instances, terminals):
+    """Return the children, with their pipes open; or their PTYs, for these `terminals`."""
     colours = {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
     share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
     children = []
-    for place, each in enumerate(instances):
-        source = Source(each.name, colours[each.type])
-        children.append(Child(place, each, source, args.pty or each in wanted))
-        children[-1].open(capacity, each in wanted)
-    return children, next((child for child in children if child.instance in wanted), None)
+    for index, each in enumerate(instances):
+        terminal = each in terminals
+        source = Source(each.name, colours[each.type], crlf=terminal)
+        children.append(Child(index, each, source, terminal))
+        if terminal:
+            children[-1].open_pty()
+        else:
+            children[-1].open_pipes(capacity)
+    return children
 
 
 def enter_root(root):
@@ -2382,23 +2641,30 @@ def cmd_start(args):
     """procrun start: run the formation until it ends."""
     app = load_app(args, load_types(args))
     instances = planned(args, app)[2]
-    options = Options(args.timeout, selected(args.can_die, instances, "--can-die"),
+    options = Options(args.timeout, 0.1 if os.isatty(1) else 1.0,
+                      selected(args.can_die, instances, "--can-die"), args.keep_going,
                       selected(args.quiet, instances, "--quiet"))
+    attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
     enter_root(app.root)
     tidy_fds()
-    limits = raise_fd_limit(2 * len(instances) + 20 + len(open_fds()))
+    limits = raise_fd_limit(4 * len(instances) + 20 + len(open_fds()))
+    terminal = Terminal() if os.isatty(0) else None
+    if attached and not (terminal and terminal.is_ours() and os.isatty(1)):
+        raise UsageError("--attach needs a terminal as standard input and output, and procrun in "
+                         "its foreground")
     style = Style(max([6] + [len(each.name) for each in instances]),
                   wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix,
                   output_filter(args.color, os.isatty(1)))
     try:
-        children, attached = open_children(args, app.types, instances)
+        children = open_children(app.types, instances, instances if args.pty else attached)
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
-    signals, altered = catch_signals()
-    stdin = os.pipe()[0]    # its writing end is open as long as procrun is there
-    ground = Ground(app.root, environment(app.variables), stdin, limits, altered)
-    supervisor = Supervisor(options, Printer(style, time.time), Sink(1), signals)
-    return supervisor.run(children, ground, attached)
+    signals = catch_signals()
+    setup = Setup(app.root, environment(app.variables), limits)
+    guard = Guard(setup, children, options, terminal)
+    front = Front(children, options, Printer(style, time.time), Sink(1), terminal)
+    front.attach_first = [each for each in children if each.instance in attached]
+    return front.run(guard, signals)
 
 
 def cmd_run(args):
@@ -2423,7 +2689,7 @@ def cmd_run(args):
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         hint = "; the process types are " + ", ".join(names) if missing and names else ""
-        complain("%s: %s%s" % (command[0], error.strerror, hint))
+        print_error("%s: %s%s" % (command[0], error.strerror, hint))
         return 127 if missing else 126
 
 
@@ -2431,14 +2697,17 @@ def cmd_check(args):
     """procrun check: parse everything."""
     app = load_app(args, load_types(args))
     base_port(None, app.variables, os.environb)
-    tell("valid procfile detected (%s)\n" % ", ".join(each.name for each in app.types))
+    print_out("valid procfile detected (%s)\n" % ", ".join(each.name for each in app.types))
     return 0
 
 
 def cmd_version(_):
     """procrun version."""
-    tell("procrun %s\n" % VERSION)
+    print_out("procrun %s\n" % VERSION)
     return 0
+
+
+MADE_BY = "Made by procrun export %s for the app %s. "    # the first comment of each file
 
 
 def primary_group(user):
@@ -2451,17 +2720,12 @@ def primary_group(user):
         return None
 
 
-def mark_of(format, app):
-    """How the first comment of each file begins."""
-    return "Made by procrun export %s for the app %s. " % (format, app)
-
-
-def make_plan(args, app, counts, base):
+def make_plan(args, app, counts):
     """Return the Plan of an export."""
     name = os.path.basename(app.root) if args.app is None else args.app
     user = name if args.user is None else args.user
     log = absolute(args.log) if args.log else ""
-    mark, root = mark_of(args.format, name), app.root
+    mark, root = MADE_BY % (args.format, name), app.root
     if args.format == "kubernetes":    # its files are shared: nothing of this machine is in them
         root = root if args.root else ""
     else:
@@ -2473,24 +2737,23 @@ def make_plan(args, app, counts, base):
                  for key, value in {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()
                  if key not in (b"PORT", b"PS")}    # an instance has its own
     grace = max(1, -int(-args.timeout // 1))
-    group = primary_group(user) or user
-    return Plan(name, user, group, root, log, grace, mark, variables, app.types, counts, base,
-                args.image, args.user_units, absolute(args.location))
+    return Plan(args.format, name, user, primary_group(user) or user, root, log, grace, mark,
+                variables, counts, args.image, args.user_units, absolute(args.location))
 
 
-def warn(plan, format):
+def warn(plan):
     """Say what this machine lacks for an export, and what was perhaps not meant."""
     refused = ""
-    if format == "supervisord":
+    if plan.format == "supervisord":
         refused = "; until it is there, supervisord refuses its whole configuration"
-    if not (primary_group(plan.user) or plan.user_units or format == "kubernetes"):
-        complain("warning: this machine has no user `%s`%s" % (plan.user, refused))
+    if not (primary_group(plan.user) or plan.user_units or plan.format == "kubernetes"):
+        print_error("warning: this machine has no user `%s`%s" % (plan.user, refused))
     if plan.log and not os.path.isdir(plan.log):
-        complain("warning: there is no directory %s for the logs%s" % (plan.log, refused))
-    if plan.log and format == "upstart":
-        complain("warning: `%s` must be able to write to %s" % (plan.user, plan.log))
+        print_error("warning: there is no directory %s for the logs%s" % (plan.log, refused))
+    if plan.log and plan.format == "upstart":
+        print_error("warning: `%s` must be able to write to %s" % (plan.user, plan.log))
     if plan.counts.get("release"):
-        complain("warning: release is meant to run once: -c release=0 leaves it out")
+        print_error("warning: release is meant to run once: -c release=0 leaves it out")
 
 
 def tell_export(text):
@@ -2499,22 +2762,22 @@ def tell_export(text):
     ready.register(1, select.POLLOUT)
     for start in range(0, len(text), 1000):    # no more than a pipe that is ready takes
         ready.poll()
-        tell(text[start:start + 1000])
+        print_out(text[start:start + 1000])
 
 
-def dry_run(plan, instances, format):
+def dry_run(plan, instances):
     """Print every file with its name, the values masked."""
     masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
-    for file in export_files(masked, instances, format):
+    for file in export_files(masked, instances):
         path = os.path.join(plan.location, file.path)
         tell_export("[procrun export] would write: %s, mode %04o\n%s" % (
             path, file.mode, file.text))
 
 
-def tell_done(plan, args, written, gone):
+def tell_done(plan, written, gone):
     """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
-    start = FORMATS[args.format].start.format(app=plan.app, location=shell_quote(plan.location))
-    if args.user_units and args.format == "systemd":
+    start = FORMATS[plan.format].start.format(app=plan.app, location=shell_quote(plan.location))
+    if plan.user_units and plan.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     lines = ["writing: " + os.path.join(plan.location, name) for name in written]
     lines += ["removing: " + os.path.join(plan.location, name) for name in gone]
@@ -2522,27 +2785,29 @@ def tell_done(plan, args, written, gone):
         for line in lines + ["start it with: " + start]:
             tell_export("[procrun export] %s\n" % line)
     except Failure as failure:
-        complain(*failure.args)
+        print_error(*failure.args)
 
 
 def cmd_export(args):
     """procrun export: write the configuration of a process manager."""
     app = load_app(args, load_types(args))
     counts, base, instances = planned(args, app)
-    plan = make_plan(args, app, counts, base)
-    files = export_files(plan, instances, args.format)
-    warn(plan, args.format)
+    if args.format == "kubernetes":    # which makes the instances itself, from one of each type
+        instances = expand(app.types, dict.fromkeys(counts, 1), base)
+    plan = make_plan(args, app, counts)
+    files = export_files(plan, instances)
+    warn(plan)
     if args.dry_run:
-        dry_run(plan, instances, args.format)
+        dry_run(plan, instances)
         return 0
     os.umask(0o022)
-    ours = marked(plan.location, plan.app, mark_of(args.format, plan.app).encode())
+    ours = marked(plan.location, plan.app, (MADE_BY % (plan.format, plan.app)).encode())
     in_the_way(plan.location, files, ours, args.force)
     written = [file.path for file in files]
-    gone = sorted(set(ours) - set(written))
+    gone = sorted(ours.difference(written))
     install(plan.location, os.path.join(
         plan.location, ".procrun-%s-%s" % (args.format, plan.app)), files, gone)
-    tell_done(plan, args, written, gone)
+    tell_done(plan, written, gone)
     return 0
 
 
@@ -2676,7 +2941,7 @@ def main(argv=None):
         args.argv = words
         return function(args)
     except Failure as failure:
-        complain(*failure.args)
+        print_error(*failure.args)
         return failure.status
 
 
