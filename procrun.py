@@ -1879,8 +1879,8 @@ class Sink:
 
 LEAVE = b"\x1d"    # Ctrl-]
 ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")    # screen, on or off
-# Cursor keys and keypad, line wrap, cursor, mouse, focus and paste reports, colours, character set.
-RESET = (b"\x1b[?1l\x1b>\x1b[?7h\x1b[?25h\x1b[?1000;1002;1003;1004;1006;2004l\x1b[0m\x1b(B\x0f")
+# Cursor keys, keypad, wrap, cursor, mouse, focus and paste reports, colours, character set.
+RESET = b"\x1b[?1l\x1b>\x1b[?7h\x1b[?25h\x1b[?1000;1002;1003;1004;1006;2004l\x1b[0m\x1b(B\x0f"
 
 
 class Terminal:
