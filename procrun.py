@@ -1487,8 +1487,8 @@ class Guard(Loop):
         os.set_blocking(order, False)
         os.set_blocking(report, False)
         resize_pipe(report, CHUNK)    # for a front that is stopped
-        # The named ones: of others, CPython takes 100 us to tell a child that they were blocked.
-        mask = signal.pthread_sigmask(signal.SIG_SETMASK, signal.Signals)
+        # Not the real-time ones: CPython takes 100 us to tell each child that they were blocked.
+        mask = signal.pthread_sigmask(signal.SIG_SETMASK, range(1, 32))
         try:
             pid = os.fork()
         except OSError as error:
