@@ -48,7 +48,7 @@ test-all:
 	  case $$seen in *" $$version "*) continue;; esac; \
 	  seen="$$seen$$version "; found=1; \
 	  echo "== CPython $$version ($$python)"; \
-	  $(MAKE) --no-print-directory test PYTHON=$$python || exit 1; \
+	  $(MAKE) test PYTHON=$$python || exit 1; \
 	done; \
 	[ -n "$$found" ] || { echo 'make test-all: no CPython from 3.8 on was found' >&2; exit 1; }
 

@@ -1324,7 +1324,7 @@ Setup.__doc__ = """What all children share: the root directory, the environment 
 and RLIMIT_NOFILE."""
 
 
-def environment(variables):
+def child_environment(variables):
     """The environment of this process with these variables (bytes to bytes) of .env over it."""
     inherited = {name: value for name, value in os.environb.items() if name}
     # Python's prints appear at once.
@@ -2660,7 +2660,7 @@ def cmd_start(args):
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
     signals = catch_signals()
-    setup = Setup(app.root, environment(app.variables), limits)
+    setup = Setup(app.root, child_environment(app.variables), limits)
     guard = Guard(setup, children, options, terminal)
     front = Front(children, options, Printer(style, time.time), Sink(1), terminal)
     front.attach_first = [each for each in children if each.instance in attached]
@@ -2675,7 +2675,7 @@ def cmd_run(args):
     may_be_type = len(command) == 1 and (args.procfile or os.path.exists(procfile_path(args)))
     types = load_types(args) if may_be_type else []
     app = load_app(args, types)
-    variables, names = environment(app.variables), [each.name for each in types]
+    variables, names = child_environment(app.variables), [each.name for each in types]
     if command[0] in names:
         base = base_port(args.port, app.variables, os.environb)
         [instance] = expand(types, formation(types, {}, 1, command), base)
