@@ -3858,7 +3858,7 @@ def test_a_debugger_is_answered(tmp_path, args):
             run.type(b"attach web\r")
         run.expect(rb"attached to web\.1")
         run.type(b"p w + h\r")
-        run.expect(rb"^7\n\(Pdb\) \Z")
+        run.expect(rb"^7\n[^\n]*\(Pdb\) \Z")
         run.type(b"c\r")
         run.expect(rb"^result 12$")
         run.expect(rb"web\.1 +\| exited with code 0$")
