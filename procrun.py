@@ -1480,6 +1480,7 @@ class Guard(Loop):
         self.killing = self.over = False
         self.progress = False          # whether anything has ended since it was last asked
         self.killed = {}               # group -> name, of what got SIGKILL
+        self.strays = []               # names of what had left its group and got SIGTERM
 
     def fork(self):
         """Fork it; return its process id, the fd for orders and the fd of the reports."""
@@ -1525,6 +1526,8 @@ class Guard(Loop):
         self.timers[self.spawn] = 0
         while not self.over:
             self.turn(selector)
+        if self.strays:
+            self.say("also ended, out of their groups: %s" % list_names(self.strays))
         if self.killed:
             self.say("killed %d: %s" % (len(self.killed), list_names(self.killed.values())))
         self.report("exit %d" % self.status)
@@ -1787,6 +1790,8 @@ class Guard(Loop):
             if group in self.leaders:
                 self.terminate_leader(group, self.leaders[group].text)
             else:
+                if group not in self.leaderless:
+                    self.strays.append(process_name(groups[group][0]))
                 again = list(filter(forgets_sigterm, groups[group]))
                 self.signal(group, signal.SIGTERM)
                 for pid in again:

@@ -2599,6 +2599,17 @@ f: """ + UNTIL_GO + "exit 3\n")
         assert app.joinpath("said").read_text() == "ended\n"    # it was asked before it was killed
 
 
+def test_what_had_left_its_group_is_named_at_the_end(tmp_path):
+    app = procfile(tmp_path, "a: (setsid sleep 305 &) ; echo up; exec sleep 306\n")
+    with Run(app, "start") as run:
+        run.expect(rb"\| up$")
+        eventually(lambda: sleeping(run, b"30") == 2)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert re.fullmatch(rb"also ended, out of their groups: process \d+ \(sleep\)",
+                            run.lines("system")[-1])
+
+
 def test_orphans_that_end_are_reaped_during_the_run(tmp_path):
     app = procfile(tmp_path, "a: for i in 1 2 3 4 5; do (setsid sh -c 'exit 3' &) ; done;"
                              " echo up; exec sleep 300\n")
