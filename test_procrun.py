@@ -2622,9 +2622,12 @@ def test_orphans_that_end_are_reaped_during_the_run(tmp_path):
 
 
 def test_a_guard_that_is_stopped_all_the_time(tmp_path):
-    app = procfile(tmp_path, "a: trap '' TERM; echo up; while :; do kill -STOP $PPID; done\n")
+    app = procfile(tmp_path, "a: trap '' TERM; echo up; " + UNTIL_GO
+                             + "while :; do kill -STOP $PPID; done\n")
     with Run(app, "start", "-t", "0.2") as run:
-        run.expect(rb"\| up$")
+        run.expect(rb"\| up$")    # a guard that is stopped before has nothing to tell
+        app.joinpath("go").touch()
+        eventually(lambda: state(guard(run)) == "T")
         run.signal(signal.SIGINT)
         assert run.wait(20) in (1, 130)    # 130 if the guard had a moment to act
 
