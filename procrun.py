@@ -31,6 +31,7 @@ Exit status of start:
             --keep-going that of the first that failed
     128+N   signal N to procrun began the shutdown
     141     nobody reads the output any more
+    126     a process could not be executed, as its environment is too large, say
     1       an error, as in the Procfile
     2       an error of the command line
 
@@ -2816,7 +2817,7 @@ def cmd_export(args):
     return 0
 
 
-def seconds(text):
+def grace_period(text):
     """An argparse type: a grace period."""
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?|\.[0-9]+", text) or float(text) > 86400:
         raise UsageError("-t: `%s` is not a number of seconds from 0 to 86400, a day" % text)
@@ -2873,10 +2874,11 @@ LOCATION                the folder to write to, made if missing
 --force                 overwrite files not of this app and format
 """
 WORDS = {    # what the words for values and arguments mean to argparse
-    "N": {"type": port_number}, "SECONDS": {"type": seconds, "default": 5.0},
+    "N": {"type": port_number}, "SECONDS": {"type": grace_period, "default": 5.0},
     "FILE": {"type": os.path.normpath}, "DIR": {"type": os.path.normpath},
     "auto|always|never": {"choices": ("auto", "always", "never"), "default": "auto"},
-    "NAME ...": {"dest": "names", "nargs": "*"}, "FORMAT": {"dest": "format", "choices": FORMATS},
+    "NAME ...": {"dest": "names", "nargs": "*", "metavar": "NAME"},
+    "FORMAT": {"dest": "format", "choices": FORMATS},
     "LOCATION": {"dest": "location"},
     "NAME|COMMAND [ARG ...]": {"dest": "command", "nargs": "..."}}
 COMMANDS = {
@@ -2894,7 +2896,7 @@ def add_options(parser, text):
             r"^(-[^\s,]+(?:, -\S+)?)? ?(\S+(?: \S+)*)?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
         details = dict(WORDS.get(word, {}), help=meaning)
         if word:
-            details["metavar"] = word
+            details.setdefault("metavar", word)
         elif flags.startswith("--no-"):
             details.update(dest=flags[len("--no-"):], action="store_false")
         else:
