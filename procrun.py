@@ -95,7 +95,7 @@ except ImportError as missing:
 VERSION = "0.2.0"
 MOST_NAMES = 10        # in one line
 MOST_HELD = 1 << 24    # bytes: what is held back of other processes while one is attached
-SETTLING = 0.1         # seconds: so long a shell may take to fork a program
+SETTLING = 0.2         # seconds: so long a shell may take to fork a program
 ONE_REQUEST = 0.4      # seconds: the terminal and npm both deliver Ctrl-C, so two are one
 QUIET = 0.2            # seconds after which a line without its newline is shown
 LAST = 0.5             # seconds that the end of a shutdown may take, after SIGKILL
@@ -975,7 +975,6 @@ the filter of what processes write: TERMINAL, COLOURLESS, or None, where every b
 
 class Source:
     """One name in the output: its label, and the line that it has not finished yet."""
-    __slots__ = "label colour crlf second prefix tail sgr column".split()
 
     def __init__(self, label, colour, crlf=False):
         self.label, self.colour = label, colour    # str, SGR code as a str
@@ -985,17 +984,10 @@ class Source:
         self.sgr = ""                              # the sequences that set the line's colours
         self.column = 0                            # how far the line goes, at least
 
-    def unix_lines(self, data):
-        """The data of a PTY with LF for CR LF, also where that was read in two."""
-        if self.tail.endswith(b"\r"):
-            self.tail.pop()
-            data = b"\r" + data
-        return data.replace(b"\r\n", b"\n")
-
     def begin_line(self):
         """Go to the next line.  Colours hold there, unless the last of them ended another one."""
         self.column = 0
-        if self.sgr and re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
+        if re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
             self.sgr = ""
 
 
@@ -1043,19 +1035,15 @@ class Printer:
         This is the hot path.  It handles chunks, not lines: one replace() puts all prefixes in,
         and the end that it put one too many on is cut off by a view, not by a copy.
         """
-        if source.crlf:
-            data = source.unix_lines(data)
-            if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
-                data = re.sub(rb"\n\n{9,}", b"\n", data)
         end = data.rfind(b"\n") + 1
         if end:
-            lead, tail, rest = self.lead(source), source.tail, data[end:]
-            if self.style.filter:
+            lead, tail, rest = self.lead(source), source.tail, bytearray(data[end:])
+            if source.crlf or self.style.filter:
                 data = self.filtered(source, b"".join((tail, memoryview(data)[:end])))
                 tail = b""
             text = data.replace(b"\n", b"\n" + self.prefix(source))
             self.queue += lead, tail, memoryview(text)[:text.rfind(b"\n") + 1]
-            self.open, source.tail = None, bytearray(rest)
+            self.open, source.tail = None, rest
         else:
             source.tail += data
         if len(source.tail) >= CHUNK:
@@ -1074,10 +1062,13 @@ class Printer:
             self.open = source
 
     def filtered(self, source, data):
-        """What the style's filter makes of a source's bytes; it takes most of them as they are."""
-        if not self.style.filter:
-            return data
-        if data.endswith(b"\n") and not source.sgr and harmless(data):
+        """What the output gets of a source's bytes; most of them pass the filter as they are."""
+        if source.crlf:
+            data = data.replace(b"\r\n", b"\n")
+            if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
+                data = re.sub(rb"\n\n{9,}", b"\n", data)
+        plain = data.endswith(b"\n") and not source.sgr
+        if not self.style.filter or plain and harmless(data):
             return data
         text = self.style.filter.sub(partial(self.answer, source), data.decode(*UTF8))
         if self.open is not source and re.fullmatch(r"(\x1b\[[0-9;:]*m)*", text):
@@ -1185,20 +1176,12 @@ def resize_pipe(fd, capacity):
 ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 PASSED_ON = signal.SIGUSR1, signal.SIGUSR2
 CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, signal.SIGWINCH}
-CATCHABLE = set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}
+# Not the real-time ones: CPython takes 100 us to tell each child that they were blocked.
+STANDARD = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
 
 
 def no_action(*_):
     """A signal handler: the signal's byte in the wake-up pipe says it all."""
-
-
-def wakeup_pipe():
-    """Have the caught signals arrive as bytes in a pipe; return its reading end."""
-    fd, wakeup = os.pipe()
-    os.set_blocking(fd, False)
-    os.set_blocking(wakeup, False)
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    return fd
 
 
 def handle(numbers, handler):
@@ -1208,11 +1191,14 @@ def handle(numbers, handler):
             signal.signal(number, handler)
 
 
-def catch_signals():
-    """Have the caught signals arrive as bytes in a pipe; return its reading end."""
-    fd = wakeup_pipe()
-    handle(CAUGHT, no_action)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+def catch_signals(numbers, blocked=()):
+    """Have signals arrive as bytes in a pipe, and others blocked; return the pipe's reading end."""
+    fd, wakeup = os.pipe()
+    os.set_blocking(fd, False)
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    handle(numbers, no_action)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return fd
 
 
@@ -1224,21 +1210,21 @@ def signal_name(number):
         return "signal %d" % number
 
 
-def signal_group(group, number):
-    """Send a signal to a process group; return whether there was anything to receive it."""
+def send_signal(target, number):
+    """Send a signal to a process, or to the group whose id is -target, as kill(2) does; return
+    whether that was there.  It may be gone, or another user's by now (sudo); and of a group of
+    zombies macOS says EPERM."""
     try:
-        os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):    # macOS says EPERM of a group of zombies
+        os.kill(target, number)
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 
 
-def signal_process(pid, number):
-    """Send a signal to a process that may be gone, or another user's by now (sudo)."""
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
+def dispatch(selector, timeout=0):
+    """Call what a selector keeps for each file descriptor that is ready."""
+    for key, _ in selector.select(timeout):
+        key.data()
 
 
 class Loop:
@@ -1250,16 +1236,19 @@ class Loop:
         self.line = b""     # what has arrived of an unfinished line
 
     def turn(self, selector):
-        """Wait until something can be read or is due, and call what is kept for it."""
+        """Wait until something is ready or due, and call what is kept for it."""
         timeout = None
         if self.timers:
             timeout = max(0, min(self.timers.values()) - time.monotonic())
-        for key, _ in selector.select(timeout):
-            key.data()
+        dispatch(selector, timeout)
         now = time.monotonic()
         for function in [each for each, when in self.timers.items() if when <= now]:
             if self.timers.pop(function, None) is not None:    # or one before took it out
                 function()
+
+    def after(self, seconds, function):
+        """Call a function in so many seconds, and not when it was to be called before."""
+        self.timers[function] = time.monotonic() + seconds
 
     def receive(self, fd):
         """Read lines `WORD NUMBER ...` and call on_WORD(NUMBER, ...), or say(TEXT) for `say TEXT`;
@@ -1285,19 +1274,21 @@ class Child:
 
     def __init__(self, index, instance, source, terminal):
         self.index, self.instance, self.source = index, instance, source
+        self.type, self.name = instance.type, instance.name
         self.terminal = terminal                # whether it gets a PTY
         self.text = shell_text(instance.command)
-        self.pid = self.began = None            # of its leader; when it was forked (monotonic)
+        self.pid = None                         # of its leader, while that lives
+        self.since = time.monotonic()           # when it was forked, or has ended
         self.ended = "not started"              # in words, while .pid is None
         self.read_size = LITTLE                 # bytes
-        self.group = None                       # the guard's: its group's id until that is gone
+        self.group = None                       # the guard's: its group, until all of that is gone
         self.asked = None                       # the guard's: "stop" or "restart"
+        self.show_line = None                   # the front's: shows its unfinished line
 
     def open_pipes(self, capacity):
         """Make the pipes of its output, of this capacity (bytes), and of its stdin."""
         self.fd, self.output = os.pipe()
         self.stdin, self.input = os.pipe()
-        self.capacity = capacity
         resize_pipe(self.fd, capacity)
         resize_pipe(self.input, 4096)           # counts towards what the user's pipes may hold
         os.set_blocking(self.fd, False)
@@ -1307,7 +1298,6 @@ class Child:
         """Make its PTY, with the modes of the user's terminal, such as its erase character."""
         self.fd, self.output = os.openpty()
         self.stdin, self.input = self.output, os.dup(self.fd)
-        self.capacity = LITTLE
         if os.isatty(0):
             termios.tcsetattr(self.output, termios.TCSANOW, termios.tcgetattr(0))
         os.set_blocking(self.fd, False)
@@ -1401,16 +1391,23 @@ def groups_below(pids):
         groups.setdefault(group_of(pid), []).append(pid)
         pids += children_of(pid)    # the list grows while it is read
     groups.pop(None, None)
+    groups.pop(os.getpgrp(), None)    # of a child that has not called setsid() yet
     return groups
+
+
+def read_proc(pid, name):
+    """What /proc tells of a process, a file of it as bytes; nothing if it is gone, or elsewhere."""
+    try:
+        with open("/proc/%d/%s" % (pid, name), "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def process_name(pid):
     """A process in words: its id and, where the system tells it, its command's name."""
-    try:
-        with open("/proc/%d/comm" % pid, "rb") as file:
-            return "process %d (%s)" % (pid, printable(file.read().strip()))
-    except OSError:
-        return "process %d" % pid
+    name = printable(read_proc(pid, "comm").strip())
+    return "process %d (%s)" % (pid, name) if name else "process %d" % pid
 
 
 def list_names(names):
@@ -1427,18 +1424,6 @@ def is_shell(pid):
         return os.path.samefile("/proc/%d/exe" % pid, "/bin/sh")
     except OSError:
         return True
-
-
-def forgets_sigterm(pid):
-    """Whether a process is a fork of a shell with our trap, on its way to become a program: until
-    it has taken the trap back, it would note a SIGTERM and then forget it, as dash does."""
-    try:
-        with open("/proc/%d/cmdline" % pid, "rb") as command, \
-                open("/proc/%d/status" % pid, "rb") as status:
-            caught = re.search(rb"SigCgt:\s*(\w+)", status.read())
-            return TRAP in command.read() and bool(int(caught[1], 16) >> signal.SIGTERM - 1 & 1)
-    except OSError:
-        return False
 
 
 def peek():
@@ -1472,25 +1457,23 @@ class Guard(Loop):
         self.terminal = terminal       # the user's, to be restored if the front is killed; or None
         self.raw = False               # whether the front has put it into raw mode
         self.waiting = list(children)  # to be forked
-        self.leaders = {}              # process id -> Child, until it is reaped
-        self.leaderless = {}           # group id -> Child, once the leader is dead
+        self.running = {}              # group id -> Child, until the whole group is gone
         self.terminated = set()        # groups that got SIGTERM
         self.stopped = False           # Ctrl-Z: fork no more until SIGCONT
         self.status = None             # procrun's exit status, once the set is ending
         self.failed = 0                # under --keep-going: the exit status of the first to fail
         self.killing = self.over = False
         self.progress = False          # whether anything has ended since it was last asked
-        self.killed = {}               # group -> name, of what got SIGKILL
         self.strays = []               # names of what had left its group and got SIGTERM
 
     def fork(self):
-        """Fork it; return its process id, the fd for orders and the fd of the reports."""
+        """Fork it, with all signals blocked; return its process id, the fd for orders and the fd
+        of the reports."""
         (orders, order), (report, self.reports) = os.pipe(), os.pipe()
         os.set_blocking(order, False)
         os.set_blocking(report, False)
         resize_pipe(report, CHUNK)    # for a front that is stopped
-        # Not the real-time ones: CPython takes 100 us to tell each child that they were blocked.
-        mask = signal.pthread_sigmask(signal.SIG_SETMASK, range(1, 32))
+        signal.pthread_sigmask(signal.SIG_SETMASK, STANDARD)
         try:
             pid = os.fork()
         except OSError as error:
@@ -1501,7 +1484,6 @@ class Guard(Loop):
                 os._exit(0)
             finally:
                 os._exit(1)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(orders)
         os.close(self.reports)
         return pid, order, report
@@ -1517,25 +1499,21 @@ class Guard(Loop):
             os.closerange(fd, fd + 1)    # one of them is closed already
         # /proc may be missing, or be that of another PID namespace.
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
-        handle(CATCHABLE, signal.SIG_DFL)    # once, not in each child
-        self.signals = wakeup_pipe()
-        signal.signal(signal.SIGCHLD, no_action)
+        handle(STANDARD, signal.SIG_DFL)    # once, not in each child
+        signals = catch_signals({signal.SIGCHLD}, STANDARD - {signal.SIGCHLD})
         selector = selectors.DefaultSelector()
         selector.register(orders, selectors.EVENT_READ, partial(self.on_orders, orders, selector))
-        selector.register(self.signals, selectors.EVENT_READ, self.on_sigchld)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        self.timers[self.spawn] = 0
+        selector.register(signals, selectors.EVENT_READ, partial(self.on_signals, signals))
+        self.after(0, self.spawn)
         while not self.over:
             self.turn(selector)
         if self.strays:
             self.say("also ended, out of their groups: %s" % list_names(self.strays))
-        if self.killed:
-            self.say("killed %d: %s" % (len(self.killed), list_names(self.killed.values())))
         self.report("exit %d" % self.status)
 
-    def on_sigchld(self):
+    def on_signals(self, fd):
         """Some children have died, or one."""
-        read_some(self.signals)
+        read_some(fd)
         self.reap()
 
     def report(self, line):
@@ -1560,6 +1538,10 @@ class Guard(Loop):
                 self.terminal.restore()
             self.on_signal(signal.SIGHUP)
 
+    def on_raw(self, raw):
+        """Whether the front has put the user's terminal into raw mode."""
+        self.raw = raw
+
     def on_signal(self, number):
         """A signal that procrun got.  Two within 0.4 s are one request: the terminal and npm both
         deliver Ctrl-C; a later one kills at once."""
@@ -1582,48 +1564,44 @@ class Guard(Loop):
             self.report("stopped")
         elif number == signal.SIGCONT:
             self.stopped = False
-            self.timers[self.spawn] = 0
-
-    def on_raw(self, raw):
-        """Whether the front has put the user's terminal into raw mode."""
-        self.raw = raw
+            self.after(0, self.spawn)
 
     def on_end(self, status):
-        """The front can show nothing any more."""
+        """End the set, for a reason that makes this procrun's exit status."""
         if self.status is None:
             self.end(status)
 
     def on_stop(self, index, then="stop"):
         """End an instance; that does not end the set."""
         child = self.children[index]
-        if self.status is not None or child.group is None:
+        if self.status is not None:
             return
+        if child in self.waiting:
+            self.waiting.remove(child)
+            self.after(0, self.reap)    # it may be that nothing else runs
         already, child.asked = child.asked, then
-        if not already:
-            groups = {child.group}
-            if child.group in self.leaders:
-                groups.update(groups_below([child.group]))
+        if child.group is None and then == "restart":
+            self.start(child)
+        elif child.group and not already:
+            groups = {child.group, *groups_below([child.group])}
             self.advance(self.stop(partial(self.alive, groups)))
 
     def on_restart(self, index):
         """End an instance and fork it anew; or fork it, if it has ended."""
-        child = self.children[index]
         self.on_stop(index, "restart")
-        if self.status is None and child.group is None and child not in self.waiting:
-            self.start(child)
+
+    # -- children
 
     def start(self, child):
         """Have a child forked."""
         self.waiting.append(child)
-        self.timers[self.spawn] = 0
-
-    # -- children
+        self.after(0, self.spawn)
 
     def spawn(self):
         """Fork the next child; for the others, look first what has happened meanwhile."""
         if self.stopped or not self.waiting:
             return
-        self.timers[self.spawn] = 0
+        self.after(0, self.spawn)
         child = self.waiting.pop(0)
         self.setup.environment.update(child.instance.variables)
         try:
@@ -1631,11 +1609,12 @@ class Guard(Loop):
             if not pid:
                 exec_child(self.setup, child)
         except OSError as error:
-            self.say("%s: cannot start: %s" % (child.instance.name, error.strerror))
+            self.say("%s: cannot start: %s" % (child.name, error.strerror))
             return self.on_end(1)
-        self.leaders[pid], child.group, child.asked = child, pid, None
+        self.running[pid], child.asked = child, None
+        child.pid = child.group = pid
         self.terminated.discard(pid)    # a group of the past may have had this id
-        child.began = time.monotonic()
+        child.since = time.monotonic()
         self.report("started %d %d" % (child.index, pid))
 
     def reap(self):
@@ -1644,51 +1623,44 @@ class Guard(Loop):
         try:
             for pid, status in iter(peek, (None, None)):
                 self.progress = True
-                child = self.leaders.pop(pid, None)
-                if child:
-                    self.leaderless[pid] = child
-                    self.on_leader_ended(child, status)
+                if pid in self.running:
+                    self.on_leader_ended(self.running[pid], status)
                 if hasattr(os, "waitid"):
                     os.waitpid(pid, 0)
         except ChildProcessError:
             nothing_left = True
-        for group in [each for each in self.leaderless if not signal_group(each, 0)]:
-            self.on_group_gone(self.leaderless.pop(group))
+        leaderless = [group for group, child in self.running.items() if not child.pid]
+        for group in leaderless:
+            if not send_signal(-group, 0):
+                child = self.running.pop(group)
+                child.group = None
+                if child.asked == "restart" and self.status is None:
+                    self.start(child)
         self.pursue()
-        if self.status is None:
-            self.end_if_idle()
-        else:
-            self.over = self.over or (nothing_left and not self.leaderless)
+        if self.status is not None:
+            self.over = self.over or nothing_left and not self.running
             self.report("progress")
-        if self.leaderless and not self.adopts:
-            self.timers[self.reap] = time.monotonic() + 0.05    # nothing tells when those end
+        elif not self.waiting and not any(child.pid or child.asked == "restart"
+                                          for child in self.running.values()):
+            self.end(self.failed)
+        if leaderless and not self.adopts:
+            self.after(0.05, self.reap)    # nothing tells when those end
 
     def on_leader_ended(self, child, status):
         """Tell it; it may end the set."""
         self.report("ended %d %d" % (child.index, status))
-        self.terminated.discard(child.group)    # what it leaves is to get a SIGTERM of its own
+        self.terminated.discard(child.pid)    # what it leaves is to get a SIGTERM of its own
+        child.pid = None
         code = status if status >= 0 else 128 - status
         if self.status is not None or child.asked:
             return
         if self.options.keep_going:
             self.failed = self.failed or code
         elif code or child.instance not in self.options.can_die:
-            remedy = "" if code else " (--can-die %s lets it end)" % child.instance.type
+            remedy = "" if code else " (--can-die %s lets it end)" % child.type
             self.say("%s %s after %.1f s, stopping the rest%s" % (
-                child.instance.name, how_it_ended(status), time.monotonic() - child.began, remedy))
+                child.name, how_it_ended(status), time.monotonic() - child.since, remedy))
             self.end(code)
-
-    def on_group_gone(self, child):
-        """An instance has ended, and all of its group."""
-        child.group = None
-        if child.asked == "restart" and self.status is None:
-            self.start(child)
-
-    def end_if_idle(self):
-        """End the set if nothing runs any more, nor is to run again."""
-        again = any(child.asked == "restart" for child in self.leaderless.values())
-        if not self.leaders and not self.waiting and not again:
-            self.end(self.failed)
 
     # -- the end
 
@@ -1697,8 +1669,8 @@ class Guard(Loop):
         self.status, self.since = status, time.monotonic()
         self.waiting.clear()
         self.timers.clear()
-        self.timers[self.reap] = 0    # it may be that nothing is left
-        if self.leaders and self.options.grace:
+        self.after(0, self.reap)    # it may be that nothing is left
+        if self.running and self.options.grace:
             self.say("sending SIGTERM to all processes")
         self.advance(self.stop(self.alive))
 
@@ -1721,102 +1693,91 @@ class Guard(Loop):
         self.killing = self.status is not None
         self.progress, left = True, groups()
         if left:
-            self.say("sending SIGKILL to %s" % (
-                "all processes" if self.killing else self.names(left)))
+            self.say("sending SIGKILL to " + self.names(left))
         while left and self.progress:
             self.progress = False
-            self.send_sigkill(left)
+            for group in left:
+                self.signal(group, signal.SIGKILL)
             yield LAST
             left = groups()
         if left:
-            self.say("cannot end %s" % self.names(left))
+            self.say("cannot end " + self.names(left))
 
     def advance(self, steps):
         """Take the next step; after the last one of the set, it is over."""
         wait = next(steps, None)
         if wait is not None:
-            self.timers[partial(self.advance, steps)] = time.monotonic() + wait
+            self.after(wait, partial(self.advance, steps))
         elif self.status is not None:
             self.over = True
 
-    # -- groups: {group: process id of a member}
+    # -- groups: {group: process ids of members}
 
     def alive(self, among=None):
         """The groups of all that is left, or those of them that are among some."""
-        groups = {group: [group] for group in (*self.leaders, *self.leaderless)}
+        groups = {group: [group] for group in self.running}
         if self.adopts:
             groups.update(groups_below(children_of(os.getpid())))
-        groups.pop(os.getpgrp(), None)    # of a child that has not called setsid() yet
         return {group: groups[group] for group in groups if among is None or group in among}
 
     def pursue(self):
         """See to what leaders that end have left behind; at the end of the set, to all that is not
         a leader's."""
-        strays = {group: [] for group in self.leaderless}
-        if self.adopts and (strays or self.status is not None):
-            strays = groups_below(set(children_of(os.getpid())) - set(self.leaders))
-        if self.killing:
-            self.send_sigkill(strays)
-        elif self.status is not None:
-            self.terminate(strays)
-        else:
-            self.terminate({group: pids for group, pids in strays.items()
-                            if group in self.leaderless and self.leaderless[group].asked})
-
-    def name(self, group, pids):
-        """What a user knows a group by."""
-        child = self.leaders.get(group) or self.leaderless.get(group)
-        return child.instance.name if child else process_name(pids[0])
+        leaders = {group for group, child in self.running.items() if child.pid}
+        left = {group: [] for group in self.running if group not in leaders}
+        if self.adopts and (left or self.status is not None):
+            left = groups_below(set(children_of(os.getpid())) - leaders)
+        for group, pids in left.items():
+            if self.killing:
+                self.signal(group, signal.SIGKILL)
+            elif self.status is not None or group in self.running and self.running[group].asked:
+                self.terminate({group: pids})
 
     def names(self, groups):
-        """The names of groups, as one text."""
-        return list_names(self.name(*each) for each in groups.items())
+        """What a user knows groups by, as one text."""
+        return list_names(self.running[group].name if group in self.running
+                          else process_name(pids[0]) for group, pids in groups.items())
 
     def signal(self, group, number):
         """Signal a group; between fork and setsid there is none yet, but the leader."""
-        if not signal_group(group, number) and group in self.leaders:
-            signal_process(group, number)
-
-    def send_sigkill(self, groups):
-        """SIGKILL to groups."""
-        for group, pids in groups.items():
-            self.killed.setdefault(group, self.name(group, pids))
-            self.signal(group, signal.SIGKILL)
+        if not send_signal(-group, number):
+            send_signal(group, number)
 
     def terminate(self, groups):
         """SIGTERM, once, to the leaders of groups, and to groups without one.  A program tells its
         workers itself; what it leaves is seen to when it has ended."""
         for group in set(groups) - self.terminated:
             self.terminated.add(group)
-            if group in self.leaders:
-                self.terminate_leader(group, self.leaders[group].text)
+            child = self.running.get(group)
+            if child and child.pid:
+                self.terminate_leader(child)
             else:
-                if group not in self.leaderless:
-                    self.strays.append(process_name(groups[group][0]))
-                again = list(filter(forgets_sigterm, groups[group]))
-                self.signal(group, signal.SIGTERM)
-                for pid in again:
-                    self.terminate_member(group, pid)
+                self.send_sigterm(-group, groups[group])
+            if not child:
+                self.strays.append(process_name(groups[group][0]))
             self.signal(group, signal.SIGCONT)    # or a stopped one would not see it
 
-    def terminate_leader(self, leader, text):
+    def terminate_leader(self, child):
         """SIGTERM to a leader, and if it is a shell that waits, to what this runs."""
-        runs = []
-        if text.startswith(TRAP) and is_shell(leader):
-            if not self.adopts:
-                return self.signal(leader, signal.SIGTERM)    # nothing tells what it runs
-            runs = [pid for pid in children_of(leader) if group_of(pid) == leader]
-        signal_process(leader, signal.SIGTERM)
-        for pid in runs:
-            self.terminate_member(leader, pid)
+        leader = child.pid
+        waits = child.text.startswith(TRAP) and is_shell(leader)
+        if waits and not self.adopts:
+            leader = -leader    # nothing tells what it runs, so to the whole group
+        send_signal(leader, signal.SIGTERM)
+        for pid in children_of(leader) if waits else ():
+            if group_of(pid) == leader:
+                self.send_sigterm(pid, [pid])
 
-    def terminate_member(self, group, pid, tries=3):
-        """SIGTERM to one process of a group, soon if it would forget it now."""
-        if tries and forgets_sigterm(pid):
-            later = partial(self.terminate_member, group, pid, tries - 1)
-            self.timers[later] = time.monotonic() + SETTLING
-        elif group_of(pid) == group:
-            signal_process(pid, signal.SIGTERM)
+    def send_sigterm(self, target, pids):
+        """SIGTERM to a process or a group, as send_signal() has it, that consists of these.
+
+        A shell's fork that is about to become a program still has our trap: dash would note the
+        signal, and then forget it.  What may be such a fork is given time to get on.
+        """
+        if any(TRAP in read_proc(pid, "cmdline") for pid in pids):
+            self.after(SETTLING, partial(send_signal, target, signal.SIGTERM))
+        else:
+            send_signal(target, signal.SIGTERM)
 
 
 # Front: shows ------------------------------------------------------------------------------------
@@ -1834,26 +1795,18 @@ class Sink:
 
     def __init__(self, fd):
         self.fd, self.full, self.error = fd, False, None
-        self.most = None          # bytes to write at once, None: any number
-        self.selector = selectors.DefaultSelector()
+        self.most = None        # bytes to write at once, None: any number
+        mode = os.fstat(fd).st_mode
+        self.is_pipe = stat.S_ISFIFO(mode)
+        self.waits = self.is_pipe or stat.S_ISSOCK(mode) or os.isatty(fd)    # may be full
         try:
-            self.selector.register(fd, selectors.EVENT_WRITE)
-            self.waits = not stat.S_ISREG(os.fstat(fd).st_mode)
-        except OSError:           # epoll takes no files, nor /dev/null and /dev/full
-            self.waits = False
-        self.is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
-        if self.waits:
-            self.open_again()
-
-    def open_again(self):
-        """Get a file description of our own; where that cannot be had (a socket, a pipe on macOS),
-        no more is written at once than a writable pipe takes without blocking (PIPE_BUF, POSIX); a
-        terminal promises no more than a byte."""
-        try:
-            self.fd = own_description(self.fd, os.O_WRONLY)
-            resize_pipe(self.fd, CHUNK)
+            if self.waits:
+                self.fd = own_description(fd, os.O_WRONLY)
+                resize_pipe(self.fd, CHUNK)
         except OSError:
-            self.most = 1 if os.isatty(self.fd) else 512
+            # A socket, or a pipe on macOS: it is written no more at once than a pipe takes that
+            # is ready (PIPE_BUF, POSIX); a terminal promises no more than a byte.
+            self.most = 1 if os.isatty(fd) else 512
 
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes;
@@ -1861,7 +1814,7 @@ class Sink:
         moved = False
         try:
             while queue:
-                if self.most and not self.selector.select(0):
+                if self.most and not select.select((), (self.fd,), (), 0)[1]:
                     raise BlockingIOError
                 self.write_once(queue)
                 moved = True
@@ -1954,7 +1907,7 @@ restart [NAME ...]  end them (default: all), and start them again
 stop NAME ...       end them, until they are restarted
 attach NAME         type to it; Ctrl-] (without --pty: Ctrl-D) leaves
 ps                  list the instances
-help                this list""".splitlines()
+help                this list"""
 
 
 class Front(Loop):
@@ -1967,60 +1920,51 @@ class Front(Loop):
         self.sink, self.terminal = sink, terminal
         self.system = Source("system", "37")
         self.queue = printer.queue    # what stdout has not taken yet
-        self.partial = {}          # Child with an unfinished line -> when to show it; in order
-        self.status = None         # the exit status, which is the guard's last report
-        self.guard = self.reports = None
-        self.signalled = None      # when a signal first asked for the end (monotonic)
-        self.pausing = False       # Ctrl-Z, until the guard has stopped all
-        self.lost = None           # the exit status for output that could not be written
-        self.over = False
-        self.attached = None       # the Child that the terminal belongs to
-        self.attach_first = []     # the one to be attached when it starts, if any
-        self.in_line = False       # whether what the attached program wrote ends in mid-line
-        self.typed = bytearray()   # what the attached program has not taken yet
-        self.held = 0              # bytes of others that are held back meanwhile
-        self.held_back = []        # those that wait, as these are too many
-        self.alternate = b"l"      # whether the attached program uses the alternate screen
-        self.busy, self.stalled = selectors.DefaultSelector(), selectors.DefaultSelector()
+        self.status = None            # the exit status, which is the guard's last report
+        self.signalled = None         # when a signal first asked for the end (monotonic)
+        self.pausing = False          # Ctrl-Z, until the guard has stopped all
+        self.lost = 0                 # the exit status for output that could not be written
+        self.attached = None          # the Child that the terminal belongs to
+        self.attach_first = None      # the one to be attached when it starts
+        self.in_line = False          # whether what the attached program wrote ends in mid-line
+        self.alternate = b"l"         # whether it uses the alternate screen: b"h"
+        self.typed = bytearray()      # what it has not taken yet
+        self.held = 0                 # bytes of others that are held back meanwhile
+        self.held_back = []           # those that wait, as these are too many
+        # What is watched always, only while stdout takes output, and only while it does not.
+        self.always, self.busy, self.stalled = [selectors.DefaultSelector() for _ in range(3)]
 
-    def run(self, guard, signals):
+    def run(self, guard):
         """Run the set; return the exit status."""
-        self.signals = signals
-        self.reap()    # what has ended before anybody could tell
-        for instance in (child.instance for child in self.children):
-            if port_taken(instance.port):
-                self.say("%s: port %d is already in use" % (instance.name, instance.port))
-        self.resize()
         self.guard, self.orders, self.reports = guard.fork()
+        self.signals = catch_signals(CAUGHT)
+        self.reap()    # what has ended before anybody could tell
         for child in self.children:
             os.close(child.output)
             if not child.terminal:
                 os.close(child.stdin)
+            child.show_line = partial(self.show_line, child)
+            if port_taken(child.instance.port):
+                self.say("%s: port %d is already in use" % (child.name, child.instance.port))
+        self.resize()
         self.watch_all()
         try:
-            while not self.over:
-                self.step()
+            while self.reports is not None or self.queue:
+                self.turn(self.stalled if self.sink.full else self.busy)
+                self.flush()
         finally:
             self.detach()
             self.sink.write(self.queue)
             # CPython takes its handlers down at exit: a late signal is not to end it then.
             signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
-        return 1 if self.status == 0 and self.lost == 1 else self.status
-
-    def watch(self, fd, method):
-        """Call the method when the fd can be read, whether stdout takes anything or not."""
-        self.busy.register(fd, selectors.EVENT_READ, method)
-        self.stalled.register(fd, selectors.EVENT_READ, method)
-
-    def unwatch(self, fd):
-        """No longer."""
-        self.busy.unregister(fd)
-        self.stalled.unregister(fd)
+        return self.status or self.lost
 
     def watch_all(self):
         """Begin to watch what is there from the start; children follow when they are started."""
-        self.watch(self.signals, self.on_signals)
-        self.watch(self.reports, self.on_reports)
+        for selector in (self.busy, self.stalled):
+            selector.register(self.always, selectors.EVENT_READ, partial(dispatch, self.always))
+        self.always.register(self.signals, selectors.EVENT_READ, self.on_signals)
+        self.always.register(self.reports, selectors.EVENT_READ, self.on_reports)
         if self.sink.waits:
             self.stalled.register(self.sink.fd, selectors.EVENT_WRITE, self.flush)
         if self.sink.is_pipe:
@@ -2030,17 +1974,6 @@ class Front(Loop):
             self.watch_terminal()
             if self.terminal.is_ours():
                 self.say("type help for the commands; Ctrl-C ends everything")
-
-    def step(self):
-        """Wait for something to happen, and act upon it."""
-        selector = self.stalled if self.sink.full else self.busy
-        self.timers.pop(self.show_partial, None)
-        if self.partial and selector is self.busy:    # else what looks unfinished is only not read
-            self.timers[self.show_partial] = next(iter(self.partial.values()))
-        self.turn(selector)
-        self.flush()
-        if self.reports is None and not self.queue:
-            self.over = True
 
     # -- output
 
@@ -2063,27 +1996,36 @@ class Front(Loop):
 
     def on_lost(self, error):
         """Output is lost, because nobody reads any more, or for a worse reason."""
-        unread = error.errno in (errno.EPIPE, errno.EIO, errno.ECONNRESET)
-        self.lost = 128 + signal.SIGPIPE if unread else 1
-        if not unread:
+        self.lost = 128 + signal.SIGPIPE
+        if error.errno not in (errno.EPIPE, errno.EIO, errno.ECONNRESET):
+            self.lost = 1
             print_error("cannot write the output: %s" % error.strerror)
         self.order("end", self.lost)
 
     def show(self, child, data):
         """Pass on what an instance has written: behind its prefix, or as it is if attached."""
-        source = child.source
         if child is self.attached:
             self.queue.append(data)
             self.in_line = not data.endswith(b"\n")
             self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
         elif child.instance not in self.options.quiet:
-            self.printer.feed(source, data)
-            if b"\n" in data or not source.tail:
-                self.partial.pop(child, None)
-            if source.tail:
-                self.partial.setdefault(child, time.monotonic() + QUIET)
+            self.printer.feed(child.source, data)
+            if b"\n" in data or not child.source.tail:
+                self.timers.pop(child.show_line, None)
+            if child.source.tail and child.show_line not in self.timers:
+                self.after(QUIET, child.show_line)
             if self.attached:
                 self.hold(child, len(data))
+
+    def show_line(self, child):
+        """Show an unfinished line that has waited for long enough, unless its end can be read."""
+        tail = child.source.tail
+        if self.sink.full or child.fd not in self.busy.get_map():    # it may only not be read yet
+            return self.after(QUIET, child.show_line)
+        self.on_output(child)
+        if child.source.tail is tail:
+            self.timers.pop(child.show_line, None)
+            self.printer.show(child.source)
 
     def read(self, child, most):
         """Show what an instance has written, `most` bytes of it; return how many there were."""
@@ -2100,18 +2042,11 @@ class Front(Loop):
 
     def drain(self, child):
         """Show what its pipe holds now; others may hold it, too, and go on writing, so this is
-        bounded by what the pipe can hold."""
-        room = size = child.capacity
+        bounded by what a pipe can hold."""
+        room = size = CHUNK
         while room > 0 and size:
-            size = self.read(child, child.capacity)
+            size = self.read(child, CHUNK)
             room -= size
-
-    def show_partial(self):
-        """Show the unfinished lines that have waited for long enough."""
-        now = time.monotonic()
-        for child in [each for each, when in self.partial.items() if when <= now]:
-            del self.partial[child]
-            self.printer.show(child.source)
 
     # -- reports
 
@@ -2128,11 +2063,11 @@ class Front(Loop):
     def on_started(self, index, pid):
         """An instance was forked; now its output may be read."""
         child = self.children[index]
-        child.pid, child.began = pid, time.monotonic()
+        child.pid, child.since = pid, time.monotonic()
         self.say("started with pid %d, PORT=%d" % (pid, child.instance.port), child.source)
         self.watch_output(child)
-        if child in self.attach_first:
-            self.attach_first = []
+        if child is self.attach_first:
+            self.attach_first = None
             self.attach(child)
 
     def watch_output(self, child):
@@ -2147,12 +2082,12 @@ class Front(Loop):
         if child is self.attached:
             self.detach()
         self.end_line(child)
-        child.pid, child.began, child.ended = None, time.monotonic(), how_it_ended(status)
+        child.pid, child.since, child.ended = None, time.monotonic(), how_it_ended(status)
         self.say(child.ended, child.source)
 
     def end_line(self, child):
         """It will not finish its line."""
-        self.partial.pop(child, None)
+        self.timers.pop(child.show_line, None)
         self.printer.finish(child.source)
 
     def on_stopped(self):
@@ -2173,14 +2108,14 @@ class Front(Loop):
 
     def on_guard_gone(self):
         """The guard has ended, and so has the set; or it was killed, which ends the set."""
-        self.unwatch(self.reports)
+        self.always.unregister(self.reports)
         self.reports = None
         if self.status is None:
             self.say("the guard was killed")
             self.status = 1
             for child in self.children:
                 if child.pid:
-                    signal_group(child.pid, signal.SIGKILL)
+                    send_signal(-child.pid, signal.SIGKILL)
         self.detach()
         for child in self.children:
             if child.fd in self.busy.get_map():
@@ -2195,29 +2130,26 @@ class Front(Loop):
 
     def order(self, word, number):
         """Give the guard an order, and wake it if somebody has stopped it."""
-        if self.guard:
-            try:
-                os.write(self.orders, b"%s %d\n" % (word.encode(), number))
-                os.kill(self.guard, signal.SIGCONT)
-            except OSError:
-                pass    # it was killed, or takes nothing: there is a limit for that
+        try:
+            os.write(self.orders, b"%s %d\n" % (word.encode(), number))
+            os.kill(self.guard, signal.SIGCONT)
+        except OSError:
+            pass    # it has ended, or takes nothing: there is a limit for that
 
     def set_limit(self, seconds):
         """Wait so long, and no longer, for the guard's next report; or, when the guard has ended,
         for stdout to take anything."""
-        self.timers[self.on_limit] = time.monotonic() + max(seconds, LAST)
+        self.after(max(seconds, LAST), self.on_limit)
 
     def on_limit(self):
         """The time is over."""
         if self.reports is None:
-            self.over = True
             print_error("standard output takes nothing; the last %d bytes of output are lost"
                         % sum(map(len, self.queue)))
             self.queue.clear()
         else:
             print_error("the guard does not answer; killing it and all processes")
-            if self.guard:
-                signal_process(self.guard, signal.SIGKILL)
+            send_signal(self.guard, signal.SIGKILL)
             self.on_guard_gone()
 
     def on_signals(self):
@@ -2254,9 +2186,8 @@ class Front(Loop):
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
         try:
-            for pid, _ in iter(partial(os.waitpid, -1, os.WNOHANG), (0, 0)):
-                if pid == self.guard:
-                    self.guard = None
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
         except ChildProcessError:
             pass
 
@@ -2277,30 +2208,26 @@ class Front(Loop):
 
     def watch_terminal(self):
         """Read what is typed."""
-        self.watch(self.terminal.fd, self.on_typed)
+        self.always.register(self.terminal.fd, selectors.EVENT_READ, self.on_typed)
 
     def on_typed(self):
         """Something was typed, or so it seems: it may be meant for another program.  Then look
         again in a second, as a shell's `fg` sends no signal."""
         data = read_some(self.terminal.fd) if self.terminal.is_ours() else None
-        if data == b"" and self.attached:    # Ctrl-D
-            self.detach()
-        elif not data:
-            self.unwatch(self.terminal.fd)
-            self.timers[self.watch_terminal] = time.monotonic() + 1
-        elif self.attached and self.attached.terminal:
+        if not data and not (data == b"" and self.attached):    # which is Ctrl-D
+            self.always.unregister(self.terminal.fd)
+            self.after(1, self.watch_terminal)
+        elif self.attached:
             keys, leave, data = data.partition(LEAVE)
             self.type(keys)
-            if leave:
+            if leave or not keys:
                 self.detach()
                 self.on_lines(data)
-        elif self.attached:
-            self.type(data)
         else:
             self.on_lines(data)
 
     def on_lines(self, data):
-        """Typed commands."""
+        """Typed commands, as bytes."""
         for line in data.decode("utf-8", "replace").splitlines():
             try:
                 self.on_command(*line.split())
@@ -2310,7 +2237,7 @@ class Front(Loop):
     def on_command(self, word="", *names):
         """One of them; a blank line is none."""
         if word in ("restart", "ps") or word in ("stop", "attach") and names:
-            for child in self.named(names, word):
+            for child in selected(names, self.children, word) if names else self.children:
                 if word == "ps":
                     self.say(self.state(child))
                 elif word != "attach":
@@ -2318,33 +2245,25 @@ class Front(Loop):
                 elif not self.attached:
                     self.attach(child)
         elif word:
-            for line in TYPED_COMMANDS:
+            for line in TYPED_COMMANDS.splitlines():
                 self.say(line)
-
-    def named(self, names, word):
-        """The children that a command is about; without names, all."""
-        instances = [child.instance for child in self.children]
-        chosen = selected(names, instances, word) if names else instances
-        return [child for child in self.children if child.instance in chosen]
 
     def state(self, child):
         """A line of ps."""
-        minutes, seconds = divmod(int(time.monotonic() - (child.began or 0)), 60)
-        if child.pid:
-            text = "pid %d, running for %d:%02d" % (child.pid, minutes, seconds)
-        else:
-            text = "%s %d:%02d ago" % (child.ended, minutes, seconds)
-        return "%s  PORT=%d, %s" % (child.instance.name, child.instance.port, text)
+        text = "pid %d, running for" % child.pid if child.pid else child.ended
+        return "%s  PORT=%d, %s %d:%02d%s" % (
+            child.name, child.instance.port, text, *divmod(time.monotonic() - child.since, 60),
+            "" if child.pid else " ago")
 
     def attach(self, child):
         """Make the terminal an instance's: what is typed, and what it writes, as it is."""
-        name = child.instance.name
         if not child.pid:
-            return self.say("%s is not running" % name)
+            return self.say("%s is not running" % child.name)
         if child.terminal and not os.isatty(1):
             return self.say("standard output is no terminal; a program under --pty needs one")
         self.end_line(child)
-        self.say("attached to %s; %s leaves it" % (name, "Ctrl-]" if child.terminal else "Ctrl-D"))
+        self.say("attached to %s; %s leaves it" % (
+            child.name, "Ctrl-]" if child.terminal else "Ctrl-D"))
         self.flush()
         self.attached, self.printer.queue, self.held = child, [], 0
         self.set_raw(True)
@@ -2370,9 +2289,8 @@ class Front(Loop):
         self.queue += [b"\n"] if self.in_line else []
         self.queue += self.printer.queue
         self.printer.queue = self.queue
-        for child in self.held_back:
-            self.watch_output(child)
-        self.held_back.clear()
+        while self.held_back:
+            self.watch_output(self.held_back.pop())
         self.resize()
 
     def hold(self, child, size):
@@ -2382,20 +2300,20 @@ class Front(Loop):
             self.busy.unregister(child.fd)
             self.held_back.append(child)
 
-    def type(self, data):
+    def type(self, data=b""):
         """Write to the attached program; what it does not take now, later."""
         fd = self.attached.input
         self.typed += data
+        if fd in self.always.get_map():
+            self.always.unregister(fd)
         try:
             del self.typed[:os.write(fd, self.typed)]
         except BlockingIOError:
             pass
         except OSError:
             self.typed.clear()    # it has ended
-        if fd in self.busy.get_map():
-            self.busy.unregister(fd)
         if self.typed:
-            self.busy.register(fd, selectors.EVENT_WRITE, partial(self.type, b""))
+            self.always.register(fd, selectors.EVENT_WRITE, self.type)
 
 
 # Files: text -> LOCATION -------------------------------------------------------------------------
@@ -2665,12 +2583,11 @@ def cmd_start(args):
         children = open_children(app.types, instances, instances if args.pty else attached)
     except OSError as error:
         raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
-    signals = catch_signals()
     setup = Setup(app.root, child_environment(app.variables), limits)
     guard = Guard(setup, children, options, terminal)
     front = Front(children, options, Printer(style, time.time), Sink(1), terminal)
-    front.attach_first = [each for each in children if each.instance in attached]
-    return front.run(guard, signals)
+    front.attach_first = next((each for each in children if each.instance in attached), None)
+    return front.run(guard)
 
 
 def cmd_run(args):
@@ -2688,8 +2605,7 @@ def cmd_run(args):
         variables.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     enter_root(app.root)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):    # which CPython ignores
-        signal.signal(number, signal.SIG_DFL)
+    handle((signal.SIGPIPE, signal.SIGXFSZ), signal.SIG_DFL)    # which CPython ignores
     try:
         os.execvpe(command[0], command, variables)
     except OSError as error:
