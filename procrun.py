@@ -1011,8 +1011,8 @@ class Printer:
         style, now = self.style, int(self.clock())
         if source.second != now and style.label:
             stamp = time.strftime("%H:%M:%S ", time.localtime(now)) if style.stamp else ""
-            text = "%s%-*s | " % (stamp, style.width, source.label)
-            text = "\x1b[%sm%s\x1b[0m" % (source.colour, text) if style.colour else text
+            text = f"{stamp}{source.label:{style.width}} | "
+            text = f"\x1b[{source.colour}m{text}\x1b[0m" if style.colour else text
             source.second, source.prefix = now, text.encode()
         return source.prefix
 
@@ -1096,7 +1096,7 @@ class Printer:
                 found += "\x1b[K"
         elif kind == "column":
             source.column = 0
-            found = "\x1b[%dG" % (self.margin + int(match["column"]))
+            found = f"\x1b[{self.margin + int(match['column'])}G"
         elif kind == "back" and source.column:
             source.column -= 1
         elif kind != "kept":
@@ -1123,7 +1123,7 @@ class Printer:
 def print_error(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
     stalled one none to hang."""
-    text = "".join("procrun: %s\n" % line for line in lines).encode("utf-8", "backslashreplace")
+    text = "".join(f"procrun: {line}\n" for line in lines).encode("utf-8", "backslashreplace")
     try:
         while text and select.select((), (2,), (), 0)[1]:
             # So much does not block: PIPE_BUF of POSIX; a terminal promises no more than a byte.
@@ -1139,7 +1139,7 @@ def print_out(text):
         while data:
             data = data[os.write(1, data):]
     except OSError as error:
-        raise Failure("cannot write the output: %s" % error.strerror)
+        raise Failure(f"cannot write the output: {error.strerror}")
 
 
 def open_fds():
@@ -1148,7 +1148,7 @@ def open_fds():
     try:
         return [int(name) for name in os.listdir("/dev/fd")]
     except OSError as error:
-        raise Failure("/dev/fd: %s; on Linux, /proc has to be mounted" % error.strerror)
+        raise Failure(f"/dev/fd: {error.strerror}; on Linux, /proc has to be mounted")
 
 
 def read_some(fd, most=LITTLE):
@@ -1207,7 +1207,7 @@ def signal_name(number):
     try:
         return signal.Signals(number).name
     except ValueError:
-        return "signal %d" % number
+        return f"signal {number}"
 
 
 def send_signal(target, number):
@@ -1306,13 +1306,15 @@ class Child:
 def how_it_ended(status):
     """An exit status in words; -N is signal N, as in subprocess."""
     if status >= 0:
-        return "exited with code %d" % status
-    return "terminated by " + signal_name(-status)
+        return f"exited with code {status}"
+    return f"terminated by {signal_name(-status)}"
 
 
-Setup = namedtuple("Setup", "root environment limits")
-Setup.__doc__ = """What all children share: the root directory, the environment (bytes to bytes)
-and RLIMIT_NOFILE."""
+Options = namedtuple("Options", "root environment limits grace patience can_die keep_going quiet")
+Options.__doc__ = """How a set is run: the root directory, environment (bytes to bytes) and
+RLIMIT_NOFILE of all children; grace period; after how much of it to say who is waited for (both in
+seconds); the instances whose exit 0 does not end the set; whether no exit ends it; the instances
+whose output is dropped."""
 
 
 def child_environment(variables):
@@ -1322,33 +1324,27 @@ def child_environment(variables):
     return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
 
 
-def exec_child(setup, child):
+def exec_child(options, child):
     """The forked side of a child; never returns.  What fails is the last line of its output."""
     try:
         signal.set_wakeup_fd(-1)    # the guard's, whose number may be stdout's below
         os.setsid()
         if child.terminal:
             fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
-            setup.environment.setdefault(b"TERM", b"dumb")
+            options.environment.setdefault(b"TERM", b"dumb")
         for fd, given in enumerate((child.stdin, child.output, child.output)):
             os.dup2(given, fd)
-        os.chdir(setup.root)
-        resource.setrlimit(resource.RLIMIT_NOFILE, setup.limits)
+        os.chdir(options.root)
+        resource.setrlimit(resource.RLIMIT_NOFILE, options.limits)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        os.execve("/bin/sh", [b"/bin/sh", b"-c", child.text], setup.environment)
+        os.execve("/bin/sh", [b"/bin/sh", b"-c", child.text], options.environment)
     except OSError as error:
-        os.write(2, b"procrun: cannot start: %s\n" % os.strerror(error.errno).encode())
+        os.write(2, f"procrun: cannot start: {error.strerror}\n".encode())
     finally:
         os._exit(126)
 
 
 # Guard: decides, and outlives nobody -------------------------------------------------------------
-
-Options = namedtuple("Options", "grace patience can_die keep_going quiet")
-Options.__doc__ = """How a set is run: grace period; after how much of it to say who is waited for
-(both in seconds); the instances whose exit 0 does not end the set; whether no exit ends it; the
-instances whose output is dropped."""
-
 
 def become_subreaper():
     """Have orphaned descendants become our children (Linux); return whether that is so."""
@@ -1364,8 +1360,8 @@ def children_of(pid):
     empty one if it is gone, or where the system does not tell."""
     found = []
     try:
-        for thread in os.listdir("/proc/%d/task" % pid):
-            with open("/proc/%d/task/%s/children" % (pid, thread), "rb") as file:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
                 found += map(int, file.read().split())
     except OSError:
         pass
@@ -1398,7 +1394,7 @@ def groups_below(pids):
 def read_proc(pid, name):
     """What /proc tells of a process, a file of it as bytes; nothing if it is gone, or elsewhere."""
     try:
-        with open("/proc/%d/%s" % (pid, name), "rb") as file:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
             return file.read()
     except OSError:
         return b""
@@ -1407,21 +1403,21 @@ def read_proc(pid, name):
 def process_name(pid):
     """A process in words: its id and, where the system tells it, its command's name."""
     name = printable(read_proc(pid, "comm").strip())
-    return "process %d (%s)" % (pid, name) if name else "process %d" % pid
+    return f"process {pid} ({name})" if name else f"process {pid}"
 
 
 def list_names(names):
     """Names as one text; of many, the first ones."""
     names = list(names)
     if len(names) > MOST_NAMES:
-        names[MOST_NAMES:] = ["and %d more" % (len(names) - MOST_NAMES)]
+        names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
     return ", ".join(names)
 
 
 def is_shell(pid):
     """Whether a process still is the shell: an `exec` in the command may have replaced it."""
     try:
-        return os.path.samefile("/proc/%d/exe" % pid, "/bin/sh")
+        return os.path.samefile(f"/proc/{pid}/exe", "/bin/sh")
     except OSError:
         return True
 
@@ -1451,9 +1447,9 @@ class Guard(Loop):
     `progress`, and as the last one `exit STATUS`.
     """
 
-    def __init__(self, setup, children, options, terminal):
+    def __init__(self, children, options, terminal):
         super().__init__()
-        self.setup, self.children, self.options = setup, children, options
+        self.children, self.options = children, options
         self.terminal = terminal       # the user's, to be restored if the front is killed; or None
         self.raw = False               # whether the front has put it into raw mode
         self.waiting = list(children)  # to be forked
@@ -1468,16 +1464,13 @@ class Guard(Loop):
 
     def fork(self):
         """Fork it, with all signals blocked; return its process id, the fd for orders and the fd
-        of the reports."""
+        of the reports.  Raises OSError."""
         (orders, order), (report, self.reports) = os.pipe(), os.pipe()
         os.set_blocking(order, False)
         os.set_blocking(report, False)
         resize_pipe(report, CHUNK)    # for a front that is stopped
         signal.pthread_sigmask(signal.SIG_SETMASK, STANDARD)
-        try:
-            pid = os.fork()
-        except OSError as error:
-            raise Failure("cannot fork: %s" % error.strerror)
+        pid = os.fork()
         if pid == 0:
             try:
                 self.run(orders)
@@ -1508,8 +1501,8 @@ class Guard(Loop):
         while not self.over:
             self.turn(selector)
         if self.strays:
-            self.say("also ended, out of their groups: %s" % list_names(self.strays))
-        self.report("exit %d" % self.status)
+            self.say(f"also ended, out of their groups: {list_names(self.strays)}")
+        self.report(f"exit {self.status}")
 
     def on_signals(self, fd):
         """Some children have died, or one."""
@@ -1525,7 +1518,7 @@ class Guard(Loop):
 
     def say(self, text):
         """Have the front show a line."""
-        self.report("say " + text)
+        self.report(f"say {text}")
 
     # -- orders
 
@@ -1548,8 +1541,8 @@ class Guard(Loop):
         if number not in ENDING:
             self.pass_on(number)
         elif self.status is None:
-            self.say("%s received, shutting down" % signal_name(number))
-            self.end(128 + number)
+            self.say(f"{signal_name(number)} received, shutting down")
+            self.on_end(128 + number)
         elif (number in (signal.SIGINT, signal.SIGTERM) and not self.killing
               and time.monotonic() > self.since + ONE_REQUEST):
             self.timers.clear()
@@ -1565,11 +1558,6 @@ class Guard(Loop):
         elif number == signal.SIGCONT:
             self.stopped = False
             self.after(0, self.spawn)
-
-    def on_end(self, status):
-        """End the set, for a reason that makes this procrun's exit status."""
-        if self.status is None:
-            self.end(status)
 
     def on_stop(self, index, then="stop"):
         """End an instance; that does not end the set."""
@@ -1603,19 +1591,19 @@ class Guard(Loop):
             return
         self.after(0, self.spawn)
         child = self.waiting.pop(0)
-        self.setup.environment.update(child.instance.variables)
+        self.options.environment.update(child.instance.variables)
         try:
             pid = os.fork()
             if not pid:
-                exec_child(self.setup, child)
+                exec_child(self.options, child)
         except OSError as error:
-            self.say("%s: cannot start: %s" % (child.name, error.strerror))
+            self.say(f"{child.name}: cannot start: {error.strerror}")
             return self.on_end(1)
         self.running[pid], child.asked = child, None
         child.pid = child.group = pid
         self.terminated.discard(pid)    # a group of the past may have had this id
         child.since = time.monotonic()
-        self.report("started %d %d" % (child.index, pid))
+        self.report(f"started {child.index} {pid}")
 
     def reap(self):
         """Look at each dead child, and only then reap it: until then its id is its own."""
@@ -1642,13 +1630,13 @@ class Guard(Loop):
             self.report("progress")
         elif not self.waiting and not any(child.pid or child.asked == "restart"
                                           for child in self.running.values()):
-            self.end(self.failed)
+            self.on_end(self.failed)
         if leaderless and not self.adopts:
             self.after(0.05, self.reap)    # nothing tells when those end
 
     def on_leader_ended(self, child, status):
         """Tell it; it may end the set."""
-        self.report("ended %d %d" % (child.index, status))
+        self.report(f"ended {child.index} {status}")
         self.terminated.discard(child.pid)    # what it leaves is to get a SIGTERM of its own
         child.pid = None
         code = status if status >= 0 else 128 - status
@@ -1657,15 +1645,17 @@ class Guard(Loop):
         if self.options.keep_going:
             self.failed = self.failed or code
         elif code or child.instance not in self.options.can_die:
-            remedy = "" if code else " (--can-die %s lets it end)" % child.type
-            self.say("%s %s after %.1f s, stopping the rest%s" % (
-                child.name, how_it_ended(status), time.monotonic() - child.since, remedy))
-            self.end(code)
+            remedy = "" if code else f" (--can-die {child.type} lets it end)"
+            self.say(f"{child.name} {how_it_ended(status)} after "
+                     f"{time.monotonic() - child.since:.1f} s, stopping the rest{remedy}")
+            self.on_end(code)
 
     # -- the end
 
-    def end(self, status):
-        """Begin the end of the set; the status is procrun's."""
+    def on_end(self, status):
+        """Begin the end of the set, if it has not begun; the status is procrun's."""
+        if self.status is not None:
+            return
         self.status, self.since = status, time.monotonic()
         self.waiting.clear()
         self.timers.clear()
@@ -1683,8 +1673,8 @@ class Guard(Loop):
             yield patience
             if groups():
                 now = "; Ctrl-C kills now" if self.status is not None else ""
-                self.say("waiting for %s (SIGKILL in %.0f s%s)" % (
-                    self.names(groups()), grace - patience, now))
+                self.say(f"waiting for {self.names(groups())} "
+                         f"(SIGKILL in {grace - patience:.0f} s{now})")
                 yield grace - patience
         yield from self.kill(groups)
 
@@ -1693,7 +1683,7 @@ class Guard(Loop):
         self.killing = self.status is not None
         self.progress, left = True, groups()
         if left:
-            self.say("sending SIGKILL to " + self.names(left))
+            self.say(f"sending SIGKILL to {self.names(left)}")
         while left and self.progress:
             self.progress = False
             for group in left:
@@ -1701,7 +1691,7 @@ class Guard(Loop):
             yield LAST
             left = groups()
         if left:
-            self.say("cannot end " + self.names(left))
+            self.say(f"cannot end {self.names(left)}")
 
     def advance(self, steps):
         """Take the next step; after the last one of the set, it is over."""
@@ -1785,7 +1775,7 @@ class Guard(Loop):
 def own_description(fd, flags):
     """Open anew what an fd is open for, non-blocking: the given file description is shared with
     others.  Raises OSError, for instance if the terminal is another user's (su)."""
-    path = os.ttyname(fd) if os.isatty(fd) else "/proc/self/fd/%d" % fd
+    path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -1794,7 +1784,7 @@ class Sink:
     not take now stays in the queue, and `full` says so."""
 
     def __init__(self, fd):
-        self.fd, self.full, self.error = fd, False, None
+        self.fd, self.full = fd, False
         self.most = None        # bytes to write at once, None: any number
         mode = os.fstat(fd).st_mode
         self.is_pipe = stat.S_ISFIFO(mode)
@@ -1810,20 +1800,16 @@ class Sink:
 
     def write(self, queue):
         """Write buffers from the front of the queue, and take them out of it, while that goes;
-        return whether anything was written."""
-        moved = False
+        return whether anything was written.  Raises OSError."""
+        moved = self.full = False
         try:
             while queue:
                 if self.most and not select.select((), (self.fd,), (), 0)[1]:
                     raise BlockingIOError
                 self.write_once(queue)
                 moved = True
-            self.full = False
         except BlockingIOError:
             self.full = True
-        except OSError as error:
-            self.error, self.full = error, False
-            queue.clear()
         return moved
 
     def write_once(self, queue):
@@ -1914,10 +1900,11 @@ class Front(Loop):
     """What the user sees: prints what children write and the guard reports, and passes signals,
     typed commands and keys on.  It decides nothing; run() tells the story."""
 
-    def __init__(self, children, options, printer, sink, terminal):
+    def __init__(self, guard, printer, sink):
         super().__init__()
-        self.children, self.options, self.printer = children, options, printer
-        self.sink, self.terminal = sink, terminal
+        self.children, self.options = guard.children, guard.options
+        self.printer, self.sink, self.terminal = printer, sink, guard.terminal
+        self.guard, self.orders, self.reports = guard.fork()
         self.system = Source("system", "37")
         self.queue = printer.queue    # what stdout has not taken yet
         self.status = None            # the exit status, which is the guard's last report
@@ -1934,9 +1921,8 @@ class Front(Loop):
         # What is watched always, only while stdout takes output, and only while it does not.
         self.always, self.busy, self.stalled = [selectors.DefaultSelector() for _ in range(3)]
 
-    def run(self, guard):
+    def run(self):
         """Run the set; return the exit status."""
-        self.guard, self.orders, self.reports = guard.fork()
         self.signals = catch_signals(CAUGHT)
         self.reap()    # what has ended before anybody could tell
         for child in self.children:
@@ -1945,7 +1931,7 @@ class Front(Loop):
                 os.close(child.stdin)
             child.show_line = partial(self.show_line, child)
             if port_taken(child.instance.port):
-                self.say("%s: port %d is already in use" % (child.name, child.instance.port))
+                self.say(f"{child.name}: port {child.instance.port} is already in use")
         self.resize()
         self.watch_all()
         try:
@@ -1954,7 +1940,7 @@ class Front(Loop):
                 self.flush()
         finally:
             self.detach()
-            self.sink.write(self.queue)
+            self.flush()
             # CPython takes its handlers down at exit: a late signal is not to end it then.
             signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
         return self.status or self.lost
@@ -1983,11 +1969,12 @@ class Front(Loop):
 
     def flush(self):
         """Write what is queued, as far as stdout takes it."""
-        moved = self.sink.write(self.queue)
-        if moved and self.reports is None and self.on_limit in self.timers:
-            self.set_limit(self.options.grace)
-        if self.sink.error and not self.lost:
-            self.on_lost(self.sink.error)
+        try:
+            moved = self.sink.write(self.queue)
+            if moved and self.reports is None and self.on_limit in self.timers:
+                self.set_limit(self.options.grace)
+        except OSError as error:
+            self.on_lost(error)
 
     def on_reader_gone(self):
         """Nobody reads stdout any more: found by writing, as if there was something to say."""
@@ -1996,10 +1983,13 @@ class Front(Loop):
 
     def on_lost(self, error):
         """Output is lost, because nobody reads any more, or for a worse reason."""
+        self.queue.clear()
+        if self.lost:
+            return
         self.lost = 128 + signal.SIGPIPE
         if error.errno not in (errno.EPIPE, errno.EIO, errno.ECONNRESET):
             self.lost = 1
-            print_error("cannot write the output: %s" % error.strerror)
+            print_error(f"cannot write the output: {error.strerror}")
         self.order("end", self.lost)
 
     def show(self, child, data):
@@ -2030,7 +2020,7 @@ class Front(Loop):
     def read(self, child, most):
         """Show what an instance has written, `most` bytes of it; return how many there were."""
         data = read_some(child.fd, most)
-        if data and not self.sink.error:
+        if data and not self.lost:
             self.show(child, data)
             if len(data) >= LITTLE:
                 self.flush()
@@ -2064,7 +2054,7 @@ class Front(Loop):
         """An instance was forked; now its output may be read."""
         child = self.children[index]
         child.pid, child.since = pid, time.monotonic()
-        self.say("started with pid %d, PORT=%d" % (pid, child.instance.port), child.source)
+        self.say(f"started with pid {pid}, PORT={child.instance.port}", child.source)
         self.watch_output(child)
         if child is self.attach_first:
             self.attach_first = None
@@ -2131,7 +2121,7 @@ class Front(Loop):
     def order(self, word, number):
         """Give the guard an order, and wake it if somebody has stopped it."""
         try:
-            os.write(self.orders, b"%s %d\n" % (word.encode(), number))
+            os.write(self.orders, f"{word} {number:d}\n".encode())
             os.kill(self.guard, signal.SIGCONT)
         except OSError:
             pass    # it has ended, or takes nothing: there is a limit for that
@@ -2144,8 +2134,8 @@ class Front(Loop):
     def on_limit(self):
         """The time is over."""
         if self.reports is None:
-            print_error("standard output takes nothing; the last %d bytes of output are lost"
-                        % sum(map(len, self.queue)))
+            size = sum(map(len, self.queue))
+            print_error(f"standard output takes nothing; the last {size} bytes of output are lost")
             self.queue.clear()
         else:
             print_error("the guard does not answer; killing it and all processes")
@@ -2250,20 +2240,21 @@ class Front(Loop):
 
     def state(self, child):
         """A line of ps."""
-        text = "pid %d, running for" % child.pid if child.pid else child.ended
-        return "%s  PORT=%d, %s %d:%02d%s" % (
-            child.name, child.instance.port, text, *divmod(time.monotonic() - child.since, 60),
-            "" if child.pid else " ago")
+        minutes, seconds = divmod(int(time.monotonic() - child.since), 60)
+        state = f"{child.ended} {minutes}:{seconds:02} ago"
+        if child.pid:
+            state = f"pid {child.pid}, running for {minutes}:{seconds:02}"
+        return f"{child.name}  PORT={child.instance.port}, {state}"
 
     def attach(self, child):
         """Make the terminal an instance's: what is typed, and what it writes, as it is."""
         if not child.pid:
-            return self.say("%s is not running" % child.name)
+            return self.say(f"{child.name} is not running")
         if child.terminal and not os.isatty(1):
             return self.say("standard output is no terminal; a program under --pty needs one")
         self.end_line(child)
-        self.say("attached to %s; %s leaves it" % (
-            child.name, "Ctrl-]" if child.terminal else "Ctrl-D"))
+        key = "Ctrl-]" if child.terminal else "Ctrl-D"
+        self.say(f"attached to {child.name}; {key} leaves it")
         self.flush()
         self.attached, self.printer.queue, self.held = child, [], 0
         self.set_raw(True)
@@ -2565,13 +2556,14 @@ def cmd_start(args):
     """procrun start: run the formation until it ends."""
     app = load_app(args, load_types(args))
     instances = planned(args, app)[2]
-    options = Options(args.timeout, 0.1 if os.isatty(1) else 1.0,
+    attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
+    options = Options(app.root, child_environment(app.variables),
+                      raise_fd_limit(4 * len(instances) + 20 + len(open_fds())),
+                      args.timeout, 0.1 if os.isatty(1) else 1.0,
                       selected(args.can_die, instances, "--can-die"), args.keep_going,
                       selected(args.quiet, instances, "--quiet"))
-    attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
     enter_root(app.root)
     tidy_fds()
-    limits = raise_fd_limit(4 * len(instances) + 20 + len(open_fds()))
     terminal = Terminal() if os.isatty(0) else None
     if attached and not (terminal and terminal.is_ours() and os.isatty(1)):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "
@@ -2581,13 +2573,12 @@ def cmd_start(args):
                   output_filter(args.color, os.isatty(1)))
     try:
         children = open_children(app.types, instances, instances if args.pty else attached)
+        guard = Guard(children, options, terminal)
+        front = Front(guard, Printer(style, time.time), Sink(1))
     except OSError as error:
-        raise Failure("cannot open a pipe or PTY: %s" % error.strerror)
-    setup = Setup(app.root, child_environment(app.variables), limits)
-    guard = Guard(setup, children, options, terminal)
-    front = Front(children, options, Printer(style, time.time), Sink(1), terminal)
+        raise Failure(f"cannot open a pipe or PTY, or fork: {error.strerror}")
     front.attach_first = next((each for each in children if each.instance in attached), None)
-    return front.run(guard)
+    return front.run()
 
 
 def cmd_run(args):
