@@ -99,6 +99,7 @@ SETTLING = 0.2         # seconds: so long a shell may take to fork a program
 ONE_REQUEST = 0.4      # seconds: the terminal and npm both deliver Ctrl-C, so two are one
 QUIET = 0.2            # seconds after which a line without its newline is shown
 LAST = 0.5             # seconds that the end of a shutdown may take, after SIGKILL
+MOST_LAST = 2048       # bytes, and ten lines: what is shown again of a process that failed
 CHUNK = 1 << 20        # bytes: one read, and the most that is kept of a line without its newline
 LITTLE = 1 << 16       # bytes: one read where little is expected (more costs a mmap and a munmap)
 TOO_LARGE = 1 << 24    # bytes: no Procfile and no .env is that long
@@ -348,12 +349,12 @@ class Instance(namedtuple("Instance", "type number port command")):
     @property
     def name(self):
         """Its name, such as web.1."""
-        return "%s.%d" % (self.type, self.number)
+        return f"{self.type}.{self.number}"
 
     @property
     def dashed(self):
         """Its name where a dot will not do: web-1."""
-        return "%s-%d" % (self.type, self.number)
+        return f"{self.type}-{self.number}"
 
     @property
     def variables(self):
@@ -367,7 +368,7 @@ def parse_counts(items):
     for item in items:
         match = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]{1,5})\s*", item)
         if not match:
-            raise UsageError("expected NAME=N with a whole number N, found `%s`" % item)
+            raise UsageError(f"expected NAME=N with a whole number N, found `{item}`")
         counts[match[1]] = int(match[2])
     return counts
 
@@ -376,7 +377,7 @@ def check_names(names, known, what="process type"):
     """Raise UsageError for the first of `names` that is not among `known`."""
     for name in names:
         if name not in known:
-            raise UsageError("unknown %s `%s`; there are %s" % (what, name, ", ".join(known)))
+            raise UsageError(f"unknown {what} `{name}`; there are {', '.join(known)}")
 
 
 def formation(types, counts, default, names=()):
@@ -393,18 +394,18 @@ def formation(types, counts, default, names=()):
 
 
 def expand(types, counts, base):
-    """Return the instances, in Procfile order: PORT = base + 100 * place of the type + number - 1.
+    """Return the instances, in Procfile order: PORT = base + 100 * index of the type + number - 1.
 
-    Types that are not run keep their place, so a port never depends on what else runs.
+    Types that are not run are counted, so a port never depends on what else runs.
     Raises Failure if a port is beyond 65535.
     """
     instances = []
-    for place, (name, command) in enumerate(types):
+    for index, (name, command) in enumerate(types):
         for number in range(1, counts[name] + 1):
-            port = base + 100 * place + number - 1
+            port = base + 100 * index + number - 1
             if port > 65535:
-                raise Failure("%s.%d: port %d is beyond 65535; choose a lower base port with -p"
-                              % (name, number, port))
+                raise Failure(f"{name}.{number}: port {port} is beyond 65535; choose a lower base "
+                              "port with -p")
             instances.append(Instance(name, number, port, command))
     return instances
 
@@ -412,7 +413,7 @@ def expand(types, counts, base):
 def port_number(text):
     """Return the port that a text (str) is, 1 to 65535; raises UsageError."""
     if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
-        raise UsageError("`%s` is not a port, 1 to 65535" % text)
+        raise UsageError(f"`{text}` is not a port, 1 to 65535")
     return int(text)
 
 
@@ -425,14 +426,14 @@ def base_port(option, *environments):
     try:
         return port_number(given[0])
     except UsageError:
-        raise Failure("PORT=%s in .env or the environment is not a port; use -p" % given[0])
+        raise Failure(f"PORT={given[0]} in .env or the environment is not a port; use -p")
 
 
 def selected(names, instances, option):
     """Return the instances that `names` stand for (of types, or their own), in their order;
     raises UsageError that says for what `option` the names are."""
     known = [each.type for each in instances] + [each.name for each in instances]
-    check_names(names, dict.fromkeys(known), "name for %s:" % option)
+    check_names(names, dict.fromkeys(known), f"name for {option}:")
     return [each for each in instances if each.type in names or each.name in names]
 
 
@@ -1284,6 +1285,7 @@ class Child:
         self.group = None                       # the guard's: its group, until all of that is gone
         self.asked = None                       # the guard's: "stop" or "restart"
         self.show_line = None                   # the front's: shows its unfinished line
+        self.last = b""                         # the front's: what it has written last
 
     def open_pipes(self, capacity):
         """Make the pipes of its output, of this capacity (bytes), and of its stdin."""
@@ -1443,8 +1445,8 @@ class Guard(Loop):
     """The parent of all children: forks, signals and reaps them, and decides when the set ends.
 
     Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, and `raw 1` or `raw 0`.
-    Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `say TEXT`, `stopped`,
-    `progress`, and as the last one `exit STATUS`.
+    Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `failed INDEX` (that ends
+    the set), `say TEXT`, `stopped`, `progress`, and as the last one `exit STATUS`.
     """
 
     def __init__(self, children, options, terminal):
@@ -1493,21 +1495,16 @@ class Guard(Loop):
         # /proc may be missing, or be that of another PID namespace.
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
-        signals = catch_signals({signal.SIGCHLD}, STANDARD - {signal.SIGCHLD})
+        self.signals = catch_signals({signal.SIGCHLD}, STANDARD - {signal.SIGCHLD})
         selector = selectors.DefaultSelector()
         selector.register(orders, selectors.EVENT_READ, partial(self.on_orders, orders, selector))
-        selector.register(signals, selectors.EVENT_READ, partial(self.on_signals, signals))
+        selector.register(self.signals, selectors.EVENT_READ, self.reap)
         self.after(0, self.spawn)
         while not self.over:
             self.turn(selector)
         if self.strays:
             self.say(f"also ended, out of their groups: {list_names(self.strays)}")
         self.report(f"exit {self.status}")
-
-    def on_signals(self, fd):
-        """Some children have died, or one."""
-        read_some(fd)
-        self.reap()
 
     def report(self, line):
         """Write a line to the front, which may be gone."""
@@ -1607,6 +1604,7 @@ class Guard(Loop):
 
     def reap(self):
         """Look at each dead child, and only then reap it: until then its id is its own."""
+        read_some(self.signals)
         nothing_left = False
         try:
             for pid, status in iter(peek, (None, None)):
@@ -1645,6 +1643,8 @@ class Guard(Loop):
         if self.options.keep_going:
             self.failed = self.failed or code
         elif code or child.instance not in self.options.can_die:
+            if code:
+                self.report(f"failed {child.index}")
             remedy = "" if code else f" (--can-die {child.type} lets it end)"
             self.say(f"{child.name} {how_it_ended(status)} after "
                      f"{time.monotonic() - child.since:.1f} s, stopping the rest{remedy}")
@@ -1749,14 +1749,15 @@ class Guard(Loop):
 
     def terminate_leader(self, child):
         """SIGTERM to a leader, and if it is a shell that waits, to what this runs."""
-        leader = child.pid
-        waits = child.text.startswith(TRAP) and is_shell(leader)
-        if waits and not self.adopts:
-            leader = -leader    # nothing tells what it runs, so to the whole group
+        leader, runs = child.pid, []
+        if child.text.startswith(TRAP) and is_shell(leader):
+            if not self.adopts:
+                return send_signal(-leader, signal.SIGTERM)    # nothing tells what it runs
+            # Looked for before the signal: a trap of its own may start a program.
+            runs = [pid for pid in children_of(leader) if group_of(pid) == leader]
         send_signal(leader, signal.SIGTERM)
-        for pid in children_of(leader) if waits else ():
-            if group_of(pid) == leader:
-                self.send_sigterm(pid, [pid])
+        for pid in runs:
+            self.send_sigterm(pid, [pid])
 
     def send_sigterm(self, target, pids):
         """SIGTERM to a process or a group, as send_signal() has it, that consists of these.
@@ -1806,21 +1807,16 @@ class Sink:
             while queue:
                 if self.most and not select.select((), (self.fd,), (), 0)[1]:
                     raise BlockingIOError
-                self.write_once(queue)
+                batch = [queue[0][:self.most]] if self.most else queue[:256]
+                taken = os.writev(self.fd, batch)
                 moved = True
+                while queue and taken >= len(queue[0]):
+                    taken -= len(queue.pop(0))
+                if taken:
+                    queue[0] = memoryview(queue[0])[taken:]
         except BlockingIOError:
             self.full = True
         return moved
-
-    def write_once(self, queue):
-        """One system call."""
-        batch = [queue[0][:self.most]] if self.most else queue[:256]
-        taken = os.writev(self.fd, batch)
-        while queue and taken >= len(queue[0]):
-            taken -= len(queue.pop(0))
-        if taken:
-            queue[0] = memoryview(queue[0])[taken:]
-
 
 LEAVE = b"\x1d"    # Ctrl-]
 ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")    # screen, on or off
@@ -1850,18 +1846,8 @@ class Terminal:
         except (OSError, termios.error):
             return False
 
-    def set_raw(self, raw):
-        """Put it into raw mode, or back; not from the background, where SIGTTOU would stop us."""
-        if self.raw == raw or not self.is_ours():
-            return
-        self.raw = raw
-        if raw:
-            tty.setraw(0, termios.TCSANOW)
-        else:
-            termios.tcsetattr(0, termios.TCSANOW, self.modes)
-
     def restore(self):
-        """The same from the guard's session, with the screen, when the front was killed."""
+        """Restore its modes and screen when the front was killed, from the guard's session."""
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
             termios.tcsetattr(fd, termios.TCSANOW, self.modes)
@@ -1910,6 +1896,7 @@ class Front(Loop):
         self.status = None            # the exit status, which is the guard's last report
         self.signalled = None         # when a signal first asked for the end (monotonic)
         self.pausing = False          # Ctrl-Z, until the guard has stopped all
+        self.failed = None            # the Child whose failure ended the set
         self.lost = 0                 # the exit status for output that could not be written
         self.attached = None          # the Child that the terminal belongs to
         self.attach_first = None      # the one to be attached when it starts
@@ -1917,7 +1904,7 @@ class Front(Loop):
         self.alternate = b"l"         # whether it uses the alternate screen: b"h"
         self.typed = bytearray()      # what it has not taken yet
         self.held = 0                 # bytes of others that are held back meanwhile
-        self.held_back = []           # those that wait, as these are too many
+        self.waiting = []             # those that wait to be read, as these are too many
         # What is watched always, only while stdout takes output, and only while it does not.
         self.always, self.busy, self.stalled = [selectors.DefaultSelector() for _ in range(3)]
 
@@ -2000,12 +1987,15 @@ class Front(Loop):
             self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
         elif child.instance not in self.options.quiet:
             self.printer.feed(child.source, data)
+            child.last = (child.last + data[-MOST_LAST:])[-MOST_LAST:]
             if b"\n" in data or not child.source.tail:
                 self.timers.pop(child.show_line, None)
             if child.source.tail and child.show_line not in self.timers:
                 self.after(QUIET, child.show_line)
-            if self.attached:
-                self.hold(child, len(data))
+            self.held += len(data) if self.attached else 0
+            if self.held > MOST_HELD and child.fd in self.busy.get_map():
+                self.busy.unregister(child.fd)
+                self.waiting.append(child)
 
     def show_line(self, child):
         """Show an unfinished line that has waited for long enough, unless its end can be read."""
@@ -2075,6 +2065,21 @@ class Front(Loop):
         child.pid, child.since, child.ended = None, time.monotonic(), how_it_ended(status)
         self.say(child.ended, child.source)
 
+    def on_failed(self, index):
+        """An instance has ended the set: from now on, only what others write is of interest."""
+        self.failed = self.children[index]
+        for child in self.children:
+            if child is not self.failed:
+                child.last = b""
+
+    def show_last(self):
+        """Show again what the failed instance wrote last, if others have written since then."""
+        others = any(child.last for child in self.children if child is not self.failed)
+        if self.failed and self.failed.last and others and os.isatty(1):
+            self.say(f"last lines of {self.failed.name}:")
+            self.printer.feed(self.failed.source, b"".join(self.failed.last.splitlines(True)[-10:]))
+            self.end_line(self.failed)
+
     def end_line(self, child):
         """It will not finish its line."""
         self.timers.pop(child.show_line, None)
@@ -2112,6 +2117,7 @@ class Front(Loop):
                 self.busy.unregister(child.fd)
             self.drain(child)
             self.end_line(child)
+        self.show_last()
         self.timers.clear()
         if self.signalled:
             self.set_limit(self.options.grace)
@@ -2256,18 +2262,24 @@ class Front(Loop):
         key = "Ctrl-]" if child.terminal else "Ctrl-D"
         self.say(f"attached to {child.name}; {key} leaves it")
         self.flush()
-        self.attached, self.printer.queue, self.held = child, [], 0
+        self.attached, self.printer.queue = child, []
         self.set_raw(True)
         self.resize()
 
     def set_raw(self, raw):
-        """Put the terminal into raw mode for an attached program with a PTY, or back."""
-        if self.attached and self.attached.terminal:
-            self.order("raw", raw)
-            self.terminal.set_raw(raw)
-            if not raw:
-                self.queue.append(RESET + (b"\x1b[?1049l" if self.alternate == b"h" else b""))
-                self.alternate = b"l"
+        """Put the terminal into raw mode for an attached program with a PTY, or back; not from the
+        background, where SIGTTOU would stop procrun."""
+        terminal = self.terminal
+        if not (self.attached and self.attached.terminal and terminal.is_ours()):
+            return
+        self.order("raw", raw)
+        if raw and not terminal.raw:
+            tty.setraw(0, termios.TCSANOW)
+        elif terminal.raw and not raw:
+            termios.tcsetattr(0, termios.TCSANOW, terminal.modes)
+            self.queue.append(RESET + (b"\x1b[?1049l" if self.alternate == b"h" else b""))
+            self.alternate = b"l"
+        terminal.raw = raw
 
     def detach(self):
         """Take the terminal back, and show what others have written meanwhile."""
@@ -2275,21 +2287,14 @@ class Front(Loop):
             return
         self.set_raw(False)
         self.typed.clear()
-        self.type(b"")
-        self.attached = None
+        self.type()
+        self.attached, self.held = None, 0
         self.queue += [b"\n"] if self.in_line else []
         self.queue += self.printer.queue
         self.printer.queue = self.queue
-        while self.held_back:
-            self.watch_output(self.held_back.pop())
+        while self.waiting:
+            self.watch_output(self.waiting.pop())
         self.resize()
-
-    def hold(self, child, size):
-        """Count what is held back; when it is too much, others wait until the end of attach."""
-        self.held += size
-        if self.held > MOST_HELD and child.fd in self.busy.get_map():
-            self.busy.unregister(child.fd)
-            self.held_back.append(child)
 
     def type(self, data=b""):
         """Write to the attached program; what it does not take now, later."""

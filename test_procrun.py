@@ -4023,6 +4023,23 @@ def test_the_end_says_why(tmp_path, end, why, least):
         assert b"sending SIGKILL" not in run.output
 
 
+@pytest.mark.parametrize("other, again", [
+    ("trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.1; done", True),
+    ("echo up; exec sleep 300", False)])
+def test_last_lines_of_what_failed_are_shown_again(tmp_path, other, again):
+    app = procfile(tmp_path, "web: for n in $(seq 20); do echo line $n; done; printf half; "
+                             + UNTIL_GO + "exit 3\nworker: %s\n" % other)
+    with Terminal(app, "start") as run:
+        run.expect(rb"line 20$")
+        run.expect(rb"\| up$")
+        app.joinpath("go").touch()
+        assert run.wait() == 3
+        shown = run.output.partition(b"last lines of web.1:\n")[2].splitlines()
+        assert [line[9:] for line in shown] == (
+            [b"web.1    | line %d" % n for n in range(12, 21)] + [b"web.1    | half"]
+            if again else [])
+
+
 DEAF_APP = "%s: trap '' TERM INT; echo deaf; read never\n"
 
 
