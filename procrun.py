@@ -975,10 +975,10 @@ the filter of what processes write: TERMINAL, COLOURLESS, or None, where every b
 
 
 class Source:
-    """One name in the output: its label, and the line that it has not finished yet."""
+    """One name in the output, and the line that it has not finished yet."""
 
-    def __init__(self, label, colour, crlf=False):
-        self.label, self.colour = label, colour    # str, SGR code as a str
+    def __init__(self, name, colour, crlf=False):
+        self.name, self.colour = name, colour      # str, SGR code as a str
         self.crlf = crlf                           # whether its lines end in CR LF, as a PTY's do
         self.second, self.prefix = None, b""       # the prefix, and the second it was made for
         self.tail = bytearray()                    # of the unfinished line, what is not shown yet
@@ -1012,7 +1012,7 @@ class Printer:
         style, now = self.style, int(self.clock())
         if source.second != now and style.label:
             stamp = time.strftime("%H:%M:%S ", time.localtime(now)) if style.stamp else ""
-            text = f"{stamp}{source.label:{style.width}} | "
+            text = f"{stamp}{source.name:{style.width}} | "
             text = f"\x1b[{source.colour}m{text}\x1b[0m" if style.colour else text
             source.second, source.prefix = now, text.encode()
         return source.prefix
@@ -1267,15 +1267,15 @@ class Loop:
 
 # Child: one instance, forked ---------------------------------------------------------------------
 
-class Child:
+class Child(Source):
     """One instance, and what is known of it.  The front and the guard have a copy each.
 
     Its output goes through a pipe, and it reads another one; or both are a PTY.
     """
 
-    def __init__(self, index, instance, source, terminal):
-        self.index, self.instance, self.source = index, instance, source
-        self.type, self.name = instance.type, instance.name
+    def __init__(self, index, instance, colour, terminal):
+        super().__init__(instance.name, colour, crlf=terminal)
+        self.index, self.instance, self.type = index, instance, instance.type
         self.terminal = terminal                # whether it gets a PTY
         self.text = shell_text(instance.command)
         self.pid = None                         # of its leader, while that lives
@@ -1818,6 +1818,7 @@ class Sink:
             self.full = True
         return moved
 
+
 LEAVE = b"\x1d"    # Ctrl-]
 ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")    # screen, on or off
 # Cursor keys, keypad, wrap, cursor, mouse, focus and paste reports, colours, character set.
@@ -1842,7 +1843,7 @@ class Terminal:
         False as well if it is gone."""
         try:
             return (os.tcgetpgrp(0) == os.getpgrp()
-                    and (self.raw or bool(termios.tcgetattr(0)[3] & termios.ICANON)))
+                    and (self.raw or termios.tcgetattr(0)[3] & termios.ICANON))
         except (OSError, termios.error):
             return False
 
@@ -1862,15 +1863,13 @@ def port_taken(port):
     import _socket    # the module that socket wraps; that one would take 3 ms to import
     try:
         probe = _socket.socket()
-    except OSError:
-        return False
-    try:
-        probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
+        try:
+            probe.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+        finally:
+            probe.close()
     except OSError as error:
         return error.errno == errno.EADDRINUSE
-    finally:
-        probe.close()
     return False
 
 
@@ -1941,8 +1940,10 @@ class Front(Loop):
         if self.sink.waits:
             self.stalled.register(self.sink.fd, selectors.EVENT_WRITE, self.flush)
         if self.sink.is_pipe:
-            # Nothing can be read there, but epoll and kqueue tell so that the reader is gone.
-            self.busy.register(self.sink.fd, selectors.EVENT_READ, self.on_reader_gone)
+            # Nothing can be read there, but epoll and kqueue tell so that the reader is gone;
+            # writing then finds it out.
+            self.busy.register(self.sink.fd, selectors.EVENT_READ,
+                               partial(self.queue.append, b"\n"))
         if self.terminal:
             self.watch_terminal()
             if self.terminal.is_ours():
@@ -1963,11 +1964,6 @@ class Front(Loop):
         except OSError as error:
             self.on_lost(error)
 
-    def on_reader_gone(self):
-        """Nobody reads stdout any more: found by writing, as if there was something to say."""
-        self.busy.unregister(self.sink.fd)
-        self.queue.append(b"\n")
-
     def on_lost(self, error):
         """Output is lost, because nobody reads any more, or for a worse reason."""
         self.queue.clear()
@@ -1977,6 +1973,8 @@ class Front(Loop):
         if error.errno not in (errno.EPIPE, errno.EIO, errno.ECONNRESET):
             self.lost = 1
             print_error(f"cannot write the output: {error.strerror}")
+        if self.sink.is_pipe:
+            self.busy.unregister(self.sink.fd)
         self.order("end", self.lost)
 
     def show(self, child, data):
@@ -1986,11 +1984,11 @@ class Front(Loop):
             self.in_line = not data.endswith(b"\n")
             self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
         elif child.instance not in self.options.quiet:
-            self.printer.feed(child.source, data)
+            self.printer.feed(child, data)
             child.last = (child.last + data[-MOST_LAST:])[-MOST_LAST:]
-            if b"\n" in data or not child.source.tail:
+            if b"\n" in data or not child.tail:
                 self.timers.pop(child.show_line, None)
-            if child.source.tail and child.show_line not in self.timers:
+            if child.tail and child.show_line not in self.timers:
                 self.after(QUIET, child.show_line)
             self.held += len(data) if self.attached else 0
             if self.held > MOST_HELD and child.fd in self.busy.get_map():
@@ -1999,13 +1997,13 @@ class Front(Loop):
 
     def show_line(self, child):
         """Show an unfinished line that has waited for long enough, unless its end can be read."""
-        tail = child.source.tail
+        tail = child.tail
         if self.sink.full or child.fd not in self.busy.get_map():    # it may only not be read yet
             return self.after(QUIET, child.show_line)
         self.on_output(child)
-        if child.source.tail is tail:
+        if child.tail is tail:
             self.timers.pop(child.show_line, None)
-            self.printer.show(child.source)
+            self.printer.show(child)
 
     def read(self, child, most):
         """Show what an instance has written, `most` bytes of it; return how many there were."""
@@ -2044,7 +2042,7 @@ class Front(Loop):
         """An instance was forked; now its output may be read."""
         child = self.children[index]
         child.pid, child.since = pid, time.monotonic()
-        self.say(f"started with pid {pid}, PORT={child.instance.port}", child.source)
+        self.say(f"started with pid {pid}, PORT={child.instance.port}", child)
         self.watch_output(child)
         if child is self.attach_first:
             self.attach_first = None
@@ -2063,7 +2061,7 @@ class Front(Loop):
             self.detach()
         self.end_line(child)
         child.pid, child.since, child.ended = None, time.monotonic(), how_it_ended(status)
-        self.say(child.ended, child.source)
+        self.say(child.ended, child)
 
     def on_failed(self, index):
         """An instance has ended the set: from now on, only what others write is of interest."""
@@ -2077,13 +2075,13 @@ class Front(Loop):
         others = any(child.last for child in self.children if child is not self.failed)
         if self.failed and self.failed.last and others and os.isatty(1):
             self.say(f"last lines of {self.failed.name}:")
-            self.printer.feed(self.failed.source, b"".join(self.failed.last.splitlines(True)[-10:]))
+            self.printer.feed(self.failed, b"".join(self.failed.last.splitlines(True)[-10:]))
             self.end_line(self.failed)
 
     def end_line(self, child):
         """It will not finish its line."""
         self.timers.pop(child.show_line, None)
-        self.printer.finish(child.source)
+        self.printer.finish(child)
 
     def on_stopped(self):
         """After Ctrl-Z the guard has stopped all; now procrun stops, unless it was continued
@@ -2540,8 +2538,7 @@ def open_children(types, instances, terminals):
     children = []
     for index, each in enumerate(instances):
         terminal = each in terminals
-        source = Source(each.name, colours[each.type], crlf=terminal)
-        children.append(Child(index, each, source, terminal))
+        children.append(Child(index, each, colours[each.type], terminal))
         if terminal:
             children[-1].open_pty()
         else:
