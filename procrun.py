@@ -1459,6 +1459,7 @@ class Guard(Loop):
         self.terminated = set()        # groups that got SIGTERM
         self.stopped = False           # Ctrl-Z: fork no more until SIGCONT
         self.status = None             # procrun's exit status, once the set is ending
+        self.ending = None             # the steps of that, a generator
         self.failed = 0                # under --keep-going: the exit status of the first to fail
         self.killing = self.over = False
         self.progress = False          # whether anything has ended since it was last asked
@@ -1542,8 +1543,8 @@ class Guard(Loop):
             self.on_end(128 + number)
         elif (number in (signal.SIGINT, signal.SIGTERM) and not self.killing
               and time.monotonic() > self.since + ONE_REQUEST):
-            self.timers.clear()
-            self.advance(self.kill(self.alive))
+            self.ending = self.kill(self.alive)
+            self.advance(self.ending)
 
     def pass_on(self, number):
         """Signal all groups; between SIGSTOP and SIGCONT no child is forked."""
@@ -1658,11 +1659,11 @@ class Guard(Loop):
             return
         self.status, self.since = status, time.monotonic()
         self.waiting.clear()
-        self.timers.clear()
         self.after(0, self.reap)    # it may be that nothing is left
         if self.running and self.options.grace:
             self.say("sending SIGTERM to all processes")
-        self.advance(self.stop(self.alive))
+        self.ending = self.stop(self.alive)
+        self.advance(self.ending)
 
     def stop(self, groups):
         """How groups end: a generator of steps, which yields the seconds until the next one.
@@ -1694,12 +1695,14 @@ class Guard(Loop):
             self.say(f"cannot end {self.names(left)}")
 
     def advance(self, steps):
-        """Take the next step; after the last one of the set, it is over."""
-        wait = next(steps, None)
-        if wait is not None:
-            self.after(wait, partial(self.advance, steps))
-        elif self.status is not None:
-            self.over = True
+        """Take the next step, unless the end of the set has taken their place; after the last one
+        of that, it is over."""
+        if self.ending in (None, steps):
+            wait = next(steps, None)
+            if wait is not None:
+                self.after(wait, partial(self.advance, steps))
+            elif self.ending:
+                self.over = True
 
     # -- groups: {group: process ids of members}
 

@@ -4613,6 +4613,18 @@ def test_a_typed_restart_waits_for_the_group(tmp_path):
         assert run.wait() == 130
 
 
+def test_a_shutdown_that_follows_a_restart_at_once(tmp_path):
+    app = procfile(tmp_path, "a: (trap 'echo saved >&2; exit' TERM; echo up >&2;"
+                             " while :; do sleep 0.02; done) | cat\n")
+    with Terminal(app, "start", "-t", "30") as run:
+        ups(run, "a.1", 1)
+        run.type(b"restart a\n")
+        run.expect(rb"\nrestart a\n")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert run.lines("a.1").count(b"saved") == run.lines("a.1").count(b"up")
+
+
 def test_the_reader_goes_while_all_are_silent(tmp_path):
     reading, writing = os.pipe()
     with Run(procfile(tmp_path, "a: exec sleep 300\n"), "start", stdout=writing) as run:
