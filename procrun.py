@@ -1660,7 +1660,7 @@ class Guard(Loop):
         self.status, self.since = status, time.monotonic()
         self.waiting.clear()
         self.after(0, self.reap)    # it may be that nothing is left
-        if self.running and self.options.grace:
+        if any(child.pid for child in self.children) and self.options.grace:
             self.say("sending SIGTERM to all processes")
         self.ending = self.stop(self.alive)
         self.advance(self.ending)

@@ -4595,6 +4595,7 @@ def test_keep_going_and_the_restart_of_one_that_failed(tmp_path):
 def test_an_exit_0_that_ends_the_set_says_what_would_let_it(tmp_path):
     status, out, _ = ask(procfile(tmp_path, "web: exit 0\n"), "start")
     assert status == 0 and b"(--can-die web lets it end)" in out
+    assert b"SIGTERM" not in out    # nobody is left
 
 
 def test_a_typed_restart_waits_for_the_group(tmp_path):
