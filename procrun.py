@@ -70,6 +70,7 @@ if not hasattr(os, "fork"):
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     sys.path.pop(0)    # the app's folder: its own signal.py or resource.py is not meant below
 
+import argparse
 import errno
 import re
 import select
@@ -1134,11 +1135,12 @@ def print_error(*lines):
 
 
 def print_out(text):
-    """Write text to stdout; raises Failure."""
+    """Write text to stdout, and wait while that takes nothing; raises Failure."""
     data = text.encode("utf-8", "surrogateescape")
     try:
         while data:
-            data = data[os.write(1, data):]
+            select.select((), (1,), ())
+            data = data[os.write(1, data[:512]):]    # PIPE_BUF of POSIX, as above
     except OSError as error:
         raise Failure(f"cannot write the output: {error.strerror}")
 
@@ -2315,21 +2317,11 @@ class Front(Loop):
 
 # Files: text -> LOCATION -------------------------------------------------------------------------
 
-def write_new(path, mode, data):
-    """Create a file with this content (bytes), private from its first byte on; have it on disk."""
-    with open(path, "xb", opener=partial(os.open, mode=0o600)) as file:
-        file.write(data)
-        file.flush()
-        os.chmod(file.fileno(), mode)
-        os.fsync(file)
-
-
 def begins_with(path, pattern):
     """Whether a regular file begins as the compiled pattern says; what cannot be read does not."""
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            return False
-        with open(path, "rb") as file:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
             return bool(pattern.match(file.read(CHUNK)))
     except OSError:
         return False
@@ -2337,17 +2329,18 @@ def begins_with(path, pattern):
 
 def marked(location, app, mark):
     """Return the set of the relative paths of the files that an export of the app may have written
-    (in a folder, and in service directories) whose first comment begins with the mark (bytes);
+    (in a folder, and in service directories) whose first comment begins with the mark (str);
     links are not followed."""
-    place = re.compile(r"(%s-[\w-]+-\d+/((env|control|log)/)?)?[^/]+" % re.escape(app))
-    first = rb'(?:.*\n){0,2}(?:# |; |<!-- | *"procrun/made-by": ")'
-    mark = re.escape(mark).replace(rb"\-\-", rb"\-(?:\-|&#45;)")    # as an XML comment has it
-    pattern = re.compile(first + mark)
-    found = set()
+    where = re.compile(rf"({re.escape(app)}-[\w-]+-\d+/((env|control|log)/)?)?[^/]+")
+    mark = re.escape(mark).replace(r"\-\-", r"\-(?:\-|&#45;)")    # as an XML comment has it
+    first = rf'(?:.*\n){{0,2}}(?:# |; |<!-- | *"procrun/made-by": "){mark}'
+    pattern, found = re.compile(first.encode()), set()
     for folder, _, names in os.walk(location):
-        paths = (os.path.relpath(os.path.join(folder, name), location) for name in names)
-        found.update(path for path in paths if place.fullmatch(path)
-                     and begins_with(os.path.join(location, path), pattern))
+        for name in names:
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, location)
+            if where.fullmatch(relative) and begins_with(path, pattern):
+                found.add(relative)
     return found
 
 
@@ -2358,28 +2351,29 @@ def in_the_way(location, files, ours, force):
     for file in files:
         path = os.path.join(location, file.path)
         if os.path.isdir(path) and not os.path.islink(path):
-            raise Failure("%s: is a directory; move it away" % path)
+            raise Failure(f"{path}: is a directory; move it away")
         if os.path.lexists(path) and file.path not in ours and not force:
-            raise Failure("%s: exists and is not of this app and format; move it away, or use "
-                          "--force" % path)
-        if os.path.realpath(os.path.dirname(path)) != os.path.dirname(
-                os.path.join(real, file.path)):
-            raise Failure("%s: its folder is a link; move that away" % path)
+            raise Failure(f"{path}: exists and is not of this app and format; move it away, or "
+                          "use --force")
+        if os.path.realpath(os.path.dirname(path)) != os.path.dirname(f"{real}/{file.path}"):
+            raise Failure(f"{path}: its folder is a link; move that away")
 
 
 def stage(folder, files):
-    """Write all files into a new private folder, with numbers for names; one that an export which
-    was killed has left there goes."""
-    import shutil
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write all files into a new private folder, with numbers for names, private from their first
+    byte on; have them on disk."""
     os.makedirs(folder, 0o700)
-    for number, file in enumerate(files):
-        write_new(os.path.join(folder, str(number)), file.mode, file.text.encode())
+    for number, (_, mode, text) in enumerate(files):
+        private = partial(os.open, mode=0o600)
+        with open(f"{folder}/{number}", "wb", opener=private) as file:
+            file.write(text.encode())
+            file.flush()
+            os.chmod(file.fileno(), mode)
+            os.fsync(file)
 
 
 def remove_empty(folder):
-    """Remove a folder, and those above, as far as they are empty; the location is not, as long as
-    the new files' folder is there."""
+    """Remove a folder, and those above, as far as they are empty."""
     try:
         os.removedirs(folder)
     except OSError:
@@ -2387,20 +2381,21 @@ def remove_empty(folder):
 
 
 def install(location, staging, files, gone):
-    """Write all files to a folder (its path) below the location, move each to its place, and
-    remove what is gone (relative paths).  Signals wait.
+    """Write all files to a folder below the location, move each to where it is to be, and remove
+    what is gone (relative paths).  Signals wait.
 
     Raises Failure.  Nothing has changed before all files are written; then it tells what has.
     """
     import shutil
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     path, done = location, []
+    shutil.rmtree(staging, ignore_errors=True)    # of an export that was killed
     try:
         stage(staging, files)
         for number, file in enumerate(files):
             path = os.path.join(location, file.path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.replace(os.path.join(staging, str(number)), path)
+            os.replace(f"{staging}/{number}", path)
             done.append(path)
         for name in gone:
             path = os.path.join(location, name)
@@ -2408,8 +2403,8 @@ def install(location, staging, files, gone):
             done.append(path)
             remove_empty(os.path.dirname(path))
     except OSError as error:
-        raise Failure("%s: %s; already replaced or removed: %s" % (
-            path, error.strerror, ", ".join(done) or "nothing"))
+        raise Failure(f"{path}: {error.strerror}; already replaced or removed: "
+                      f"{', '.join(done) or 'nothing'}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -2423,9 +2418,9 @@ def read_file(path):
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             text = file.read(TOO_LARGE + 1)
     except OSError as error:
-        raise Failure("%s: %s" % (path, error.strerror))
+        raise Failure(f"{path}: {error.strerror}")
     if len(text) > TOO_LARGE:
-        raise Failure("%s: longer than %d MiB; is it the right file?" % (path, TOO_LARGE >> 20))
+        raise Failure(f"{path}: longer than {TOO_LARGE >> 20} MiB; is it the right file?")
     return text
 
 
@@ -2450,14 +2445,12 @@ def procfile_path(args):
 def load_types(args):
     """Read the Procfile; if there is none, say what can be done about it."""
     path = procfile_path(args)
-    if args.root and not os.path.isdir(args.root):
-        raise Failure("%s: no such directory; -d gives the root directory" % args.root)
     if not args.procfile and not os.path.exists(path):
         import glob
         others = sorted(glob.glob(glob.escape(path) + ".*"))
         if others:
-            raise Failure("no %s here; use -f %s" % (path, " or -f ".join(others)))
-        raise Failure("no %s here; write one, a line for each process type, such as:" % path,
+            raise Failure(f"no {path} here; use -f {' or -f '.join(others)}")
+        raise Failure(f"no {path} here; write one, a line for each process type, such as:",
                       "    web: python3 -m http.server $PORT", "    worker: python3 worker.py")
     return parse_procfile(read_file(path), path)
 
@@ -2512,10 +2505,11 @@ def raise_fd_limit(needed):
     """Allow procrun `needed` file descriptors; return the limits before, for the children."""
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and needed > soft:
-        if hard != resource.RLIM_INFINITY and needed > hard:
-            raise Failure("too few file descriptors: %d are needed, the limit is %d; raise it "
-                          "with ulimit -n" % (needed, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except (ValueError, OSError):    # above the hard limit, or above macOS's own
+            raise Failure(f"too few file descriptors: {needed} are needed, the limit is {hard}; "
+                          "raise it with ulimit -n")
     return limits
 
 
@@ -2535,17 +2529,17 @@ def tidy_fds():
 
 def open_children(types, instances, terminals):
     """Return the children, with their pipes open; or their PTYs, for these `terminals`."""
-    colours = {each.name: COLOURS[place % len(COLOURS)] for place, each in enumerate(types)}
+    colours = {each.name: COLOURS[index % len(COLOURS)] for index, each in enumerate(types)}
     share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
     children = []
     for index, each in enumerate(instances):
-        terminal = each in terminals
-        children.append(Child(index, each, colours[each.type], terminal))
-        if terminal:
-            children[-1].open_pty()
+        child = Child(index, each, colours[each.type], each in terminals)
+        if child.terminal:
+            child.open_pty()
         else:
-            children[-1].open_pipes(capacity)
+            child.open_pipes(capacity)
+        children.append(child)
     return children
 
 
@@ -2554,32 +2548,31 @@ def enter_root(root):
     try:
         os.chdir(root)
     except OSError as error:
-        raise Failure("%s: %s; it is to be the root directory" % (root, error.strerror))
+        raise Failure(f"{root}: {error.strerror}; it is to be the root directory")
 
 
 def cmd_start(args):
     """procrun start: run the formation until it ends."""
     app = load_app(args, load_types(args))
-    instances = planned(args, app)[2]
+    instances, is_terminal = planned(args, app)[2], os.isatty(1)
     attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
-    options = Options(app.root, child_environment(app.variables),
-                      raise_fd_limit(4 * len(instances) + 20 + len(open_fds())),
-                      args.timeout, 0.1 if os.isatty(1) else 1.0,
-                      selected(args.can_die, instances, "--can-die"), args.keep_going,
-                      selected(args.quiet, instances, "--quiet"))
+    can_die = selected(args.can_die, instances, "--can-die")
+    quiet = selected(args.quiet, instances, "--quiet")
     enter_root(app.root)
     tidy_fds()
     terminal = Terminal() if os.isatty(0) else None
-    if attached and not (terminal and terminal.is_ours() and os.isatty(1)):
+    if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "
                          "its foreground")
-    style = Style(max([6] + [len(each.name) for each in instances]),
-                  wants_colour(args.color, os.environ, os.isatty(1)), args.timestamp, args.prefix,
-                  output_filter(args.color, os.isatty(1)))
+    options = Options(app.root, child_environment(app.variables),
+                      raise_fd_limit(4 * len(instances) + 20 + len(open_fds())),
+                      args.timeout, 0.1 if is_terminal else 1.0, can_die, args.keep_going, quiet)
+    style = Style(max(6, *(len(each.name) for each in instances)),    # as long as "system"
+                  wants_colour(args.color, os.environ, is_terminal), not args.no_timestamp,
+                  not args.no_prefix, output_filter(args.color, is_terminal))
     try:
         children = open_children(app.types, instances, instances if args.pty else attached)
-        guard = Guard(children, options, terminal)
-        front = Front(guard, Printer(style, time.time), Sink(1))
+        front = Front(Guard(children, options, terminal), Printer(style, time.time), Sink(1))
     except OSError as error:
         raise Failure(f"cannot open a pipe or PTY, or fork: {error.strerror}")
     front.attach_first = next((each for each in children if each.instance in attached), None)
@@ -2606,8 +2599,8 @@ def cmd_run(args):
         os.execvpe(command[0], command, variables)
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        hint = "; the process types are " + ", ".join(names) if missing and names else ""
-        print_error("%s: %s%s" % (command[0], error.strerror, hint))
+        hint = f"; the process types are {', '.join(names)}" if missing and names else ""
+        print_error(f"{command[0]}: {error.strerror}{hint}")
         return 127 if missing else 126
 
 
@@ -2615,13 +2608,13 @@ def cmd_check(args):
     """procrun check: parse everything."""
     app = load_app(args, load_types(args))
     base_port(None, app.variables, os.environb)
-    print_out("valid procfile detected (%s)\n" % ", ".join(each.name for each in app.types))
+    print_out(f"valid procfile detected ({', '.join(each.name for each in app.types)})\n")
     return 0
 
 
 def cmd_version(_):
     """procrun version."""
-    print_out("procrun %s\n" % VERSION)
+    print_out(f"procrun {VERSION}\n")
     return 0
 
 
@@ -2648,10 +2641,10 @@ def make_plan(args, app, counts):
         root = root if args.root else ""
     else:
         again = [each for each in args.argv if each not in ("--force", "--dry-run")]
-        mark += "Again: cd %s && python3 %s" % (
-            shell_quote(absolute(".")), " ".join(map(shell_quote, [sys.argv[0]] + again)))
+        words = " ".join(map(shell_quote, [sys.argv[0]] + again))
+        mark += f"Again: cd {shell_quote(absolute('.'))} && python3 {words}"
     variables = {key.decode("utf-8", "surrogateescape"):
-                 exportable("the value of " + printable(key), value)
+                 exportable(f"the value of {printable(key)}", value)
                  for key, value in {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()
                  if key not in (b"PORT", b"PS")}    # an instance has its own
     grace = max(1, -int(-args.timeout // 1))
@@ -2665,45 +2658,31 @@ def warn(plan):
     if plan.format == "supervisord":
         refused = "; until it is there, supervisord refuses its whole configuration"
     if not (primary_group(plan.user) or plan.user_units or plan.format == "kubernetes"):
-        print_error("warning: this machine has no user `%s`%s" % (plan.user, refused))
+        print_error(f"warning: this machine has no user `{plan.user}`{refused}")
     if plan.log and not os.path.isdir(plan.log):
-        print_error("warning: there is no directory %s for the logs%s" % (plan.log, refused))
+        print_error(f"warning: there is no directory {plan.log} for the logs{refused}")
     if plan.log and plan.format == "upstart":
-        print_error("warning: `%s` must be able to write to %s" % (plan.user, plan.log))
+        print_error(f"warning: `{plan.user}` must be able to write to {plan.log}")
     if plan.counts.get("release"):
         print_error("warning: release is meant to run once: -c release=0 leaves it out")
-
-
-def tell_export(text):
-    """Write text to stdout, and wait while that takes nothing; raises Failure."""
-    ready = select.poll()
-    ready.register(1, select.POLLOUT)
-    for start in range(0, len(text), 1000):    # no more than a pipe that is ready takes
-        ready.poll()
-        print_out(text[start:start + 1000])
 
 
 def dry_run(plan, instances):
     """Print every file with its name, the values masked."""
     masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
-    for file in export_files(masked, instances):
-        path = os.path.join(plan.location, file.path)
-        tell_export("[procrun export] would write: %s, mode %04o\n%s" % (
-            path, file.mode, file.text))
+    for path, mode, text in export_files(masked, instances):
+        print_out(f"[procrun export] would write: {plan.location}/{path}, mode {mode:04o}\n{text}")
 
 
-def tell_done(plan, written, gone):
-    """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
+def tell_done(plan, files, gone):
+    """Say what an export has done, and how to start it."""
     start = FORMATS[plan.format].start.format(app=plan.app, location=shell_quote(plan.location))
     if plan.user_units and plan.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
-    lines = ["writing: " + os.path.join(plan.location, name) for name in written]
-    lines += ["removing: " + os.path.join(plan.location, name) for name in gone]
-    try:
-        for line in lines + ["start it with: " + start]:
-            tell_export("[procrun export] %s\n" % line)
-    except Failure as failure:
-        print_error(*failure.args)
+    lines = [f"writing: {plan.location}/{file.path}" for file in files]
+    lines += [f"removing: {plan.location}/{name}" for name in gone]
+    for line in lines + [f"start it with: {start}"]:
+        print_out(f"[procrun export] {line}\n")
 
 
 def cmd_export(args):
@@ -2719,26 +2698,20 @@ def cmd_export(args):
         dry_run(plan, instances)
         return 0
     os.umask(0o022)
-    ours = marked(plan.location, plan.app, (MADE_BY % (plan.format, plan.app)).encode())
+    ours = marked(plan.location, plan.app, MADE_BY % (plan.format, plan.app))
     in_the_way(plan.location, files, ours, args.force)
-    written = [file.path for file in files]
-    gone = sorted(ours.difference(written))
-    install(plan.location, os.path.join(
-        plan.location, ".procrun-%s-%s" % (args.format, plan.app)), files, gone)
-    tell_done(plan, written, gone)
+    gone = sorted(ours.difference(file.path for file in files))
+    staging = f"{plan.location}/.procrun-{plan.format}-{plan.app}"
+    install(plan.location, staging, files, gone)
+    tell_done(plan, files, gone)
     return 0
 
 
 def grace_period(text):
     """An argparse type: a grace period."""
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?|\.[0-9]+", text) or float(text) > 86400:
-        raise UsageError("-t: `%s` is not a number of seconds from 0 to 86400, a day" % text)
+        raise UsageError(f"-t: `{text}` is not a number of seconds from 0 to 86400, a day")
     return float(text)
-
-
-def split_names(text):
-    """An argparse type: "a,b" -> ["a", "b"]."""
-    return text.split(",")
 
 
 # What each command takes, as a manual page has it: --help shows it, and add_options() reads it.
@@ -2798,58 +2771,54 @@ COMMANDS = {
     "export": (cmd_export, EXPORT), "version": (cmd_version, "")}
 
 
-def add_options(parser, text):
-    """Have an argparse parser take what a text describes, an option or an argument a line.
+def usage_error(prog, message):
+    """In place of argparse's own function: one line."""
+    raise UsageError(f"{message} (see {prog} --help)")
+
+
+def make_parser(text, **details):
+    """Return an argparse parser for what a text describes, an option or an argument a line.
 
     A line holds the flags, if any, and the word for the value, if any, then two or more blanks
-    and what it does, which goes on in lines that begin with a blank.
+    and what it does, which goes on in lines that begin with a blank.  Options are not guessed from
+    their first letters.
     """
+    # Its width is given, or argparse imports shutil to find it out (3 ms).
+    page = partial(argparse.RawDescriptionHelpFormatter, width=100)
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=page, **details)
+    parser.error = partial(usage_error, parser.prog)
     for flags, word, meaning in re.findall(
             r"^(-[^\s,]+(?:, -\S+)?)? ?(\S+(?: \S+)*)?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
-        details = dict(WORDS.get(word, {}), help=meaning)
+        more = dict(WORDS.get(word, {}), help=meaning)
         if word:
-            details.setdefault("metavar", word)
-        elif flags.startswith("--no-"):
-            details.update(dest=flags[len("--no-"):], action="store_false")
+            more.setdefault("metavar", word)
         else:
-            details["action"] = "store_true"
+            more["action"] = "store_true"
         if "[," in word:
-            details.update(type=split_names, action="extend", default=[])
-        parser.add_argument(*flags.split(", ") if flags else (), **details)
+            more.update(type=partial(str.split, sep=","), action="extend", default=[])
+        parser.add_argument(*flags.split(", ") if flags else (), **more)
+    return parser
 
 
 def parse_words(words):
     """Return (the function of the command, its arguments as argparse has them) that the words of
     the command line mean; --help and the like end procrun.  Raises UsageError."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        """Errors are one line, and options are not guessed from their first letters."""
-
-        def __init__(self, text, **details):
-            # Its width is given, or argparse imports shutil to find it out (3 ms).
-            page = partial(argparse.RawDescriptionHelpFormatter, width=100)
-            super().__init__(allow_abbrev=False, formatter_class=page, **details)
-            add_options(self, COMMON + text)
-
-        def error(self, message):
-            raise UsageError("%s (see %s --help)" % (message, self.prog))
-
-    top = Parser("", prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
-    top.add_argument("--version", action="version", version="procrun " + VERSION)
+    top = make_parser(COMMON, prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
+    top.add_argument("--version", action="version", version=f"procrun {VERSION}")
     top.add_argument("words", nargs="...", help=argparse.SUPPRESS)
     args = top.parse_args(words)
     if not args.words:
         top.exit(UsageError.status, top.format_help())
     name, *rest = args.words
     if name not in COMMANDS:
-        top.error("unknown command `%s`; there are %s" % (name, ", ".join(COMMANDS)))
+        top.error(f"unknown command `{name}`; there are {', '.join(COMMANDS)}")
     function, text = COMMANDS[name]
     page = function.__doc__
     if name == "export":
-        page += "".join("\n    %-12s %s" % (key, each.help) for key, each in FORMATS.items())
+        page += "".join(f"\n    {key:12} {each.help}" for key, each in FORMATS.items())
     # What stands before the command is in args already, and lists are extended.
-    return function, Parser(text, prog="procrun " + name, description=page).parse_args(rest, args)
+    parser = make_parser(COMMON + text, prog=f"procrun {name}", description=page)
+    return function, parser.parse_args(rest, args)
 
 
 def main(argv=None):
