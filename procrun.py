@@ -451,6 +451,10 @@ seconds, 1 or more; the text of the first comment; the variables that all instan
 str); {type: concurrency}; the options --image and --user-units; and the absolute path of the
 location."""
 
+Job = namedtuple("Job", "name type port text id log variables")
+Job.__doc__ = """An instance as a manager gets it: its name, process type and PORT; its shell text;
+what the manager calls it; its log file or ""; its variables (str to str)."""
+
 FORWARD = """trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 CHILDREN = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
             "elif [ /proc/$pid/exe -ef /bin/sh ]; "
@@ -470,8 +474,8 @@ def exportable(what, data):
     no Linux can pass them to a process (execve(2): 128 KiB a string)."""
     text = data.decode("utf-8", "surrogateescape")
     if not is_text(text) or len(data) >= 127 << 10:
-        raise Failure("%s cannot be exported: it has control characters, is not UTF-8, or is "
-                      "longer than 127 KiB" % what)
+        raise Failure(f"{what} cannot be exported: it has control characters, is not UTF-8, or is "
+                      "longer than 127 KiB")
     return text
 
 
@@ -487,15 +491,13 @@ def stays(text):
     return text.startswith(TRAP.decode())
 
 
-def forwarded(text):
+def forwarding(text):
     """Shell text in place of `text` where the manager sends SIGTERM to the leader alone.
 
     A shell acts upon a signal at once only while it waits for a background job; that job has
     SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
     """
-    if not stays(text):
-        return text
-    return "%sexec /bin/sh -c %s) & wait $!" % (FORWARD, shell_quote(text))
+    return f"{FORWARD}exec /bin/sh -c {shell_quote(text)}) & wait $!" if stays(text) else text
 
 
 def stop_leader(text):
@@ -504,101 +506,56 @@ def stop_leader(text):
     A leader that is a shell that stays, and has not been replaced by an exec within the text, only
     waits for its children: they get SIGTERM, too, or its group where /proc does not tell them.
     """
-    if stays(text):
-        return CHILDREN + "kill -TERM $pid $others"
-    return "kill -TERM $pid"
+    return f"{CHILDREN}kill -TERM $pid $others" if stays(text) else "kill -TERM $pid"
 
 
-def template_values(plan, each, output="", **others):
-    """What the templates of the formats are filled with, for one instance; `output`, a template
-    itself, is what the format says of the log file, if there is to be one."""
-    values = {**plan._asdict(), **each._asdict(), "name": each.name, "output": "",
-              "job": "%s-%s" % (plan.app, each.dashed), **others}
-    if plan.log:
-        values["log"] = "%s/%s.log" % (plan.log, each.dashed)
-        values["log_word"] = shell_quote(values["log"])
-        values["output"] = output % values
-    return values
-
-
-def own_variables(plan, each):
-    """The variables (str to str) with those of the instance."""
-    return {**plan.variables, "PORT": str(each.port), "PS": each.name}
-
-
-def shell_variables(plan, each):
+def shell_variables(plan, job):
     """Shell text that sets an instance's environment; HOME, USER and LOGNAME are the user's unless
     the app has its own.  It is the shell that looks for ~USER, where and when the app starts."""
-    lines = ["HOME=~{0} USER={0} LOGNAME={0}; export HOME USER LOGNAME".format(plan.user)]
-    for name, value in own_variables(plan, each).items():
-        lines.append("export %s=%s" % (name, shell_quote(value)))
+    user = plan.user
+    lines = [f"HOME=~{user} USER={user} LOGNAME={user}; export HOME USER LOGNAME"]
+    lines += [f"export {name}={shell_quote(value)}" for name, value in job.variables.items()]
     return "\n".join(lines) + "\n"
-
-
-UPSTART = """# %(mark)s
-description "%(app)s %(name)s"
-start on starting %(app)s-%(type)s
-stop on stopping %(app)s-%(type)s
-respawn
-respawn limit unlimited
-kill timeout %(grace)d
-setuid %(user)s
-setgid %(gid)s
-chdir %(chdir)s
-script
-%(script)s
-end script
-# Upstart respawns without a pause.
-post-stop exec sleep 1
-"""
 
 
 def upstart_word(text):
     """The text as one word of a stanza, where a backslash escapes between single quotes, too."""
-    return "'%s'" % text.replace("\\", "\\\\").replace("'", "'\"'\"'")
+    return "'" + text.replace("\\", "\\\\").replace("'", "'\"'\"'") + "'"
 
 
-def export_upstart(plan, instances):
+def export_upstart(plan, jobs):
     """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
 
     Its parser alters what stands in `exec` and `env` lines, and carries a script as it is, but for
     a line `end script`; and a script of more lines than one is passed by a pipe, not in argv.
     """
-    for each in instances:
-        values = template_values(plan, each, "exec >>%(log_word)s 2>&1\n",
-                                 chdir=upstart_word(plan.root), gid=upstart_word(plan.group))
-        script = (shell_variables(plan, each) + values["output"]
-                  + "exec /bin/sh -c " + shell_quote(each.command))
+    for job in jobs:
+        output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
+        script = f"{shell_variables(plan, job)}{output}exec /bin/sh -c {shell_quote(job.text)}"
         script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
-        yield File(values["job"] + ".conf", 0o600, UPSTART % dict(values, script=script))
-    for name in dict.fromkeys(each.type for each in instances):
-        yield File("%s-%s.conf" % (plan.app, name), 0o644, "# %s\nstart on starting %s\n"
-                   "stop on stopping %s\n" % (plan.mark, plan.app, plan.app))
-    yield File(plan.app + ".conf", 0o644, "# %s\nstart on runlevel [2345]\n"
-               "stop on runlevel [!2345]\n" % plan.mark)
+        yield File(f"{job.id}.conf", 0o600, f"""# {plan.mark}
+description "{plan.app} {job.name}"
+start on starting {plan.app}-{job.type}
+stop on stopping {plan.app}-{job.type}
+respawn
+respawn limit unlimited
+kill timeout {plan.grace}
+setuid {plan.user}
+setgid {upstart_word(plan.group)}
+chdir {upstart_word(plan.root)}
+script
+{script}
+end script
+# Upstart respawns without a pause.
+post-stop exec sleep 1
+""")
+    for name in dict.fromkeys(f"{plan.app}-{job.type}" for job in jobs):
+        yield File(f"{name}.conf", 0o644,
+                   f"# {plan.mark}\nstart on starting {plan.app}\nstop on stopping {plan.app}\n")
+    yield File(f"{plan.app}.conf", 0o644,
+               f"# {plan.mark}\nstart on runlevel [2345]\nstop on runlevel [!2345]\n")
 
 
-SYSTEMD = """# %(mark)s
-[Unit]
-Description=%(app)s %(name)s
-PartOf=%(app)s-%(type)s.target
-After=network.target %(app)s-%(type)s.target
-StartLimitIntervalSec=0
-
-[Service]
-%(run_as)sWorkingDirectory=%(root)s
-EnvironmentFile=%(location)s/%(app)s.env
-Environment=PORT=%(port)d PS=%(name)s
-ExecStart=/bin/sh -c %(word)s
-# First the leader; what is left then gets SIGTERM, the same time again, and SIGKILL.
-ExecStop=/bin/sh -c %(stop)s
-Restart=always
-RestartSec=1
-TimeoutStopSec=%(grace)d
-SuccessExitStatus=143
-SyslogIdentifier=%(job)s
-%(output)s"""
-SYSTEMD_OUTPUT = "StandardOutput=append:%(log)s\nStandardError=inherit\n"
 # The PATH is the app's; MAINPID is empty if the leader ended by itself.
 SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$pid" ] || exit 0; '
                 "%s; while kill -0 $pid; do sleep 0.1; done")
@@ -609,67 +566,74 @@ def systemd_word(text):
     return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
 
 
+def systemd_service(plan, job):
+    """The unit of an instance, as text."""
+    user = "" if plan.user_units else f"User={plan.user}\n"
+    log = f"StandardOutput=append:{job.log}\nStandardError=inherit\n" if job.log else ""
+    return f"""# {plan.mark}
+[Unit]
+Description={plan.app} {job.name}
+PartOf={plan.app}-{job.type}.target
+After=network.target {plan.app}-{job.type}.target
+StartLimitIntervalSec=0
+
+[Service]
+{user}WorkingDirectory={plan.root}
+EnvironmentFile={plan.location}/{plan.app}.env
+Environment=PORT={job.port} PS={job.name}
+ExecStart=/bin/sh -c {systemd_word(job.text)}
+# First the leader; what is left then gets SIGTERM, the same time again, and SIGKILL.
+ExecStop=/bin/sh -c {systemd_word(SYSTEMD_STOP % stop_leader(job.text))}
+Restart=always
+RestartSec=1
+TimeoutStopSec={plan.grace}
+SuccessExitStatus=143
+SyslogIdentifier={job.id}
+{log}"""
+
+
 def systemd_target(plan, name, wants, more):
-    """A target that wants units: the app itself, or a process type of it."""
-    return File(name + ".target", 0o644, "# %s\n[Unit]\nDescription=%s\nWants=%s\n%s" % (
-        plan.mark, name, " ".join(wants), more))
+    """The target `name` that wants units: the app itself, or a process type of it."""
+    return File(f"{name}.target", 0o644, f"# {plan.mark}\n[Unit]\nDescription={name}\n"
+                                         f"Wants={' '.join(wants)}\n{more}\n")
 
 
-def export_systemd(plan, instances):
+def export_systemd(plan, jobs):
     """A service for each instance, a target for each process type, one for the app, and one
     environment file (systemd.exec(5) has its quoting): Environment= would show its values on the
     bus; PORT and PS are no secrets.  By After=, a target has stopped when its units have."""
-    yield File(plan.app + ".env", 0o600, "# %s\n" % plan.mark + "".join(
-        '%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value))
-        for name, value in plan.variables.items()))
-    run_as = "" if plan.user_units else "User=%s\n" % plan.user
+    lines = [f"# {plan.mark}\n"]
+    for name, value in plan.variables.items():
+        lines.append('%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value)))
+    yield File(f"{plan.app}.env", 0o600, "".join(lines))
     units = {}
-    for each in instances:
-        values = template_values(plan, each, SYSTEMD_OUTPUT, run_as=run_as,
-                                 word=systemd_word(each.command),
-                                 stop=systemd_word(SYSTEMD_STOP % stop_leader(each.command)))
-        units.setdefault("%s-%s" % (plan.app, each.type), []).append(values["job"] + ".service")
-        yield File(values["job"] + ".service", 0o644, SYSTEMD % values)
+    for job in jobs:
+        units.setdefault(f"{plan.app}-{job.type}", []).append(f"{job.id}.service")
+        yield File(f"{job.id}.service", 0o644, systemd_service(plan, job))
     for name, wants in units.items():
-        yield systemd_target(plan, name, wants, "PartOf={0}.target\nAfter={0}.target\n".format(
-            plan.app))
-    yield systemd_target(plan, plan.app, [name + ".target" for name in units],
-                         "\n[Install]\nWantedBy=%s.target\n"
-                         % ("default" if plan.user_units else "multi-user"))
+        app = f"{plan.app}.target"
+        yield systemd_target(plan, name, wants, f"PartOf={app}\nAfter={app}")
+    wanted_by = "default" if plan.user_units else "multi-user"
+    yield systemd_target(plan, plan.app, [f"{name}.target" for name in units],
+                         f"\n[Install]\nWantedBy={wanted_by}.target")
 
 
-def export_launchd(plan, instances):
+def export_launchd(plan, jobs):
     """A property list for each instance; see launchd.plist(5)."""
     import plistlib
-    comment = "<!-- %s -->\n<plist" % plan.mark.replace("--", "-&#45;")
-    for each in instances:
-        values = template_values(plan, each)
-        job = dict(
-            Label=values["job"], UserName=plan.user, WorkingDirectory=plan.root,
-            ProgramArguments=["/bin/sh", "-c", forwarded(each.command)],
-            EnvironmentVariables=own_variables(plan, each),
+    comment = f"<!-- {plan.mark.replace('--', '-&#45;')} -->\n<plist"
+    for job in jobs:
+        keys = dict(
+            Label=job.id, UserName=plan.user, WorkingDirectory=plan.root,
+            ProgramArguments=["/bin/sh", "-c", forwarding(job.text)],
+            EnvironmentVariables=job.variables,
             KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace)
-        if plan.log:
-            job.update(StandardOutPath=values["log"], StandardErrorPath=values["log"])
-        text = plistlib.dumps(job).decode()
-        yield File(values["job"] + ".plist", 0o600, text.replace("<plist", comment, 1))
+        if job.log:
+            keys.update(StandardOutPath=job.log, StandardErrorPath=job.log)
+        text = plistlib.dumps(keys).decode().replace("<plist", comment, 1)
+        yield File(f"{job.id}.plist", 0o600, text)
 
 
-SUPERVISORD = """
-[program:%(job)s]
-command=/bin/sh -c %(word)s
-directory=%(root)s
-user=%(user)s
-environment=PROCRUN="%(environment)s"
-autostart=true
-autorestart=true
-startsecs=0
-stopsignal=TERM
-stopwaitsecs=%(grace)d
-stopasgroup=true
-killasgroup=true
-redirect_stderr=true
-%(output)s"""
 SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
 
 
@@ -685,83 +649,91 @@ def printf_word(text):
     return re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]), text.encode())
 
 
-def export_supervisord(plan, instances):
+def export_supervisord(plan, jobs):
     """A program for each instance, and a group; see supervisord.org, "Configuration File".
 
     It restarts without a pause, or after ever longer ones and not for ever: the shell pauses.
     `environment` can hold neither newlines nor every quote: one variable has all, escaped.
     """
-    text, jobs = "; %s\n" % plan.mark, []
-    for each in instances:
-        environment = exportable("the whole environment of " + each.name,
-                                 printf_word(shell_variables(plan, each)))
-        values = template_values(plan, each, "stdout_logfile=%(log)s\n", environment=environment,
-                                 word=supervisor_word(SUPERVISORD_START + each.command))
-        text += SUPERVISORD % values
-        jobs.append(values["job"])
-    yield File(plan.app + ".conf", 0o600, "%s\n[group:%s]\nprograms=%s\n" % (
-        text, plan.app, ",".join(jobs)))
+    text = f"; {plan.mark}\n"
+    for job in jobs:
+        environment = exportable(f"the whole environment of {job.name}",
+                                 printf_word(shell_variables(plan, job)))
+        log = f"stdout_logfile={job.log}\n" if job.log else ""
+        text += f"""
+[program:{job.id}]
+command=/bin/sh -c {supervisor_word(SUPERVISORD_START + job.text)}
+directory={plan.root}
+user={plan.user}
+environment=PROCRUN="{environment}"
+autostart=true
+autorestart=true
+startsecs=0
+stopsignal=TERM
+stopwaitsecs={plan.grace}
+stopasgroup=true
+killasgroup=true
+redirect_stderr=true
+{log}"""
+    programs = ",".join(job.id for job in jobs)
+    yield File(f"{plan.app}.conf", 0o600, f"{text}\n[group:{plan.app}]\nprograms={programs}\n")
 
 
-RUNIT_START = 'eval "$(cat <&3)"; exec 3<&-; '
-# The files of a service: permission bits and text, in the order in which they are to be there.
-RUNIT = {
-    "environment": (0o600, "# %(mark)s\n%(variables)s"),
-    "log/run": (0o755, """#!/bin/sh
-# %(mark)s
-mkdir -p main && exec svlogd -tt main
-"""),
-    "control/t": (0o755, """#!/bin/sh
-# %(mark)s
+def runit_stop_files(plan, job):
+    """The scripts for a stop: control/t sees to the leader, and finish to the rest."""
+    yield File(f"{job.id}/control/t", 0o755, f"""#!/bin/sh
+# {plan.mark}
 # First the leader.
 read -r pid <supervise/pid || exit 1
-%(stop)s
+{stop_leader(job.text)}
 (n=0
-while [ $n -lt %(grace)d ]; do
+while [ $n -lt {plan.grace} ]; do
   sleep 1
   read -r now <supervise/pid && [ "$now" = "$pid" ] || exit 0
   n=$((n+1))
 done
 kill -KILL $pid -$pid) >/dev/null 2>&1 &
-"""),
-    "finish": (0o755, """#!/bin/sh
-# %(mark)s
+""")
+    yield File(f"{job.id}/finish", 0o755, f"""#!/bin/sh
+# {plan.mark}
 # Then what the leader has left in its group.
 exec 2>/dev/null
 read -r group <supervise/group || exit 0
 kill -TERM -$group
 n=0
-while [ $n -lt $((10*%(grace)d)) ] && kill -0 -$group; do
+while [ $n -lt {10 * plan.grace} ] && kill -0 -$group; do
   sleep 0.1
   n=$((n+1))
 done
 kill -KILL -$group
 rm -f supervise/group
-"""),
-    "run": (0o755, """#!/bin/sh
-# %(mark)s
-echo $$ >supervise/group
-exec %(output)s2>&1 3<environment
-cd %(directory)s || exit 111
-exec chpst -P -u %(user)s /bin/sh -c %(word)s
-"""),
-}
+""")
 
 
-def export_runit(plan, instances):
+def export_runit(plan, jobs):
     """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).
 
     chpst's own environment files lose trailing blanks.  So root opens a file of its own, and the
-    user's shell reads it: no variable, such as PATH or LD_PRELOAD, is in force for root.
+    user's shell reads it: no variable, such as PATH or LD_PRELOAD, is in force for root.  The file
+    `run` comes last, as runsvdir starts what has one.
     """
-    for each in instances:
-        values = template_values(
-            plan, each, ">>%(log_word)s ", directory=shell_quote(plan.root),
-            variables=shell_variables(plan, each), stop=stop_leader(each.command),
-            word=shell_quote(RUNIT_START + each.command))
-        for name, (mode, text) in RUNIT.items():
-            if name != "log/run" or not plan.log:
-                yield File("%s/%s" % (values["job"], name), mode, text % values)
+    for job in jobs:
+        yield File(f"{job.id}/environment", 0o600, f"# {plan.mark}\n{shell_variables(plan, job)}")
+        if not job.log:
+            yield File(f"{job.id}/log/run", 0o755, f"""#!/bin/sh
+# {plan.mark}
+mkdir -p main && exec svlogd -tt main
+""")
+        yield from runit_stop_files(plan, job)
+        output = f">>{shell_quote(job.log)} " if job.log else ""
+        word = shell_quote(f'eval "$(cat <&3)"; exec 3<&-; {job.text}')
+        yield File(f"{job.id}/run", 0o755, f"""#!/bin/sh
+# {plan.mark}
+echo $$ >supervise/group
+exec {output}2>&1 3<environment
+cd {shell_quote(plan.root)} || exit 111
+exec chpst -P -u {plan.user} /bin/sh -c {word}
+""")
 
 
 def kubernetes_word(text):
@@ -820,7 +792,7 @@ KUBERNETES_SERVICE = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Service",
     "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}}}"""
 
 
-def export_kubernetes(plan, instances):
+def export_kubernetes(plan, jobs):
     """A Secret; and a List of a Deployment for each process type, and a Service for web.
 
     It is given one instance of each type.  Another digest of the environment rolls the pods."""
@@ -830,23 +802,23 @@ def export_kubernetes(plan, instances):
     data = json.dumps({name: base64.b64encode(value.encode()).decode()
                        for name, value in plan.variables.items()}, indent=2, sort_keys=True)
     plan = plan._replace(mark=json.dumps(plan.mark))
-    yield File(plan.app + "-secret.json", 0o600,
+    yield File(f"{plan.app}-secret.json", 0o600,
                KUBERNETES_SECRET % dict(plan._asdict(), part="env", data=data))
     items = []
-    for each in instances:
-        name = kubernetes_name(each.type)
-        values = template_values(
-            plan, each, part=name, replicas=plan.counts[each.type],
+    for job in jobs:
+        name = kubernetes_name(job.type)
+        values = dict(
+            plan._asdict(), **job._asdict(), part=name, replicas=plan.counts[job.type],
             digest=hashlib.sha256(data.encode()).hexdigest(),
-            word=json.dumps(kubernetes_word(forwarded(each.command))),
-            directory='"workingDir": %s,' % json.dumps(plan.root) if plan.root else "",
+            word=json.dumps(kubernetes_word(forwarding(job.text))),
+            directory=f'"workingDir": {json.dumps(plan.root)},' if plan.root else "",
             strategy="" if name == "web" else KUBERNETES_STRATEGY,
-            ports=KUBERNETES_PORTS % each.port if name == "web" else "")
+            ports=KUBERNETES_PORTS % job.port if name == "web" else "")
         items.append(KUBERNETES_DEPLOYMENT % values)
         if name == "web":
             items.append(KUBERNETES_SERVICE % values)
-    yield File(plan.app + ".json", 0o644, '{"apiVersion": "v1", "kind": "List", "items": [\n'
-               "%s]}\n" % ",\n".join(items))
+    yield File(f"{plan.app}.json", 0o644, '{"apiVersion": "v1", "kind": "List", "items": [\n'
+               + ",\n".join(items) + "]}\n")
 
 
 Format = namedtuple("Format", "function help start")
@@ -879,48 +851,49 @@ def kubernetes_problem(plan):
     names = list(map(kubernetes_name, plan.counts))
     for name in names:
         if names.count(name) > 1:
-            return "kubernetes would call two process types `%s`; rename one" % name
-    for name in [plan.app] + names + ["%s-%s" % (plan.app, each) for each in names]:
+            return f"kubernetes would call two process types `{name}`; rename one"
+    for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-            return ("kubernetes takes no name `%s`: only a-z, 0-9 and between them -, at most 63"
-                    % name)
+            return (f"kubernetes takes no name `{name}`: only a-z, 0-9 and between them -, at "
+                    "most 63")
     if "web" in names and plan.app[0].isdigit():
-        return "kubernetes takes no service `%s-web`: a letter has to be the first" % plan.app
+        return f"kubernetes takes no service `{plan.app}-web`: a letter has to be the first"
     return None
 
 
 def plan_problem(plan):
     """What no format, or not this one, can take of the plan; None if all is well."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
-        return "the app cannot be named %r; use letters, digits, _ . - with -a" % plan.app
+        return f"the app cannot be named {plan.app!r}; use letters, digits, _ . - with -a"
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
-        return "there can be no user %r; give another with -u" % plan.user
+        return f"there can be no user {plan.user!r}; give another with -u"
     for path in (plan.root, plan.log, plan.location):
         if not is_text(path) or re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', path):
-            return "the path `%s` has characters that cannot be exported" % printable(
-                os.fsencode(path))
+            path = printable(os.fsencode(path))
+            return f"the path `{path}` has characters that cannot be exported"
     names = [printable(os.fsencode(name)) for name in plan.variables
              if not re.fullmatch(r"(?a)[A-Za-z_]\w*", name)]
     if names:
-        return "variables with such names do not pass /bin/sh: " + ", ".join(names)
+        return f"variables with such names do not pass /bin/sh: {', '.join(names)}"
     if not is_text(plan.mark) or "\n" in plan.mark:
         return "this command line has characters that a comment cannot have"
     return kubernetes_problem(plan) if plan.format == "kubernetes" else None
 
 
 def export_files(plan, instances):
-    """Return the list of File of an export; raises Failure if something cannot be exported.
-
-    The commands that the generators get are shell texts (str)."""
-    problem = plan_problem(plan)
+    """Return the list of File of an export; raises Failure if something cannot be exported."""
+    problem, jobs = plan_problem(plan), []
     for each in instances:
         if each.dashed in plan.counts:
-            problem = "%s and the process type %s would collide; rename one" % (
-                each.name, each.dashed)
+            problem = (f"{each.name} and the process type {each.dashed} would collide; "
+                       "rename one")
+        text = exportable(f"the command of {each.type}", shell_text(each.command))
+        log = f"{plan.log}/{each.dashed}.log" if plan.log else ""
+        jobs.append(Job(each.name, each.type, each.port, text, f"{plan.app}-{each.dashed}", log,
+                        {**plan.variables, "PORT": str(each.port), "PS": each.name}))
     if problem:
         raise Failure(problem)
-    return list(FORMATS[plan.format].function(plan, [each._replace(command=exportable(
-        "the command of " + each.type, shell_text(each.command))) for each in instances]))
+    return list(FORMATS[plan.format].function(plan, jobs))
 
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
@@ -2365,7 +2338,7 @@ def stage(folder, files):
     os.makedirs(folder, 0o700)
     for number, (_, mode, text) in enumerate(files):
         private = partial(os.open, mode=0o600)
-        with open(f"{folder}/{number}", "wb", opener=private) as file:
+        with open(f"{folder}/{number}", "xb", opener=private) as file:
             file.write(text.encode())
             file.flush()
             os.chmod(file.fileno(), mode)
