@@ -91,7 +91,7 @@ try:
     import termios
     import tty
 except ImportError as missing:
-    sys.exit("procrun: %s; this Python is not complete (on Debian, apt install python3)" % missing)
+    sys.exit(f"procrun: {missing}; this Python is not complete (on Debian, apt install python3)")
 
 VERSION = "0.2.0"
 MOST_NAMES = 10        # in one line
@@ -124,10 +124,10 @@ class Problems(list):
     def add(self, source, number, problem):
         """Add the problem of a line, by its number."""
         if len(self) < MOST_ERRORS:
-            self.append("%s:%d: %s" % (source, number, problem))
+            self.append(f"{source}:{number}: {problem}")
         else:
             self.more += 1
-            self[MOST_ERRORS:] = ["%s: and %d more" % (source, self.more)]
+            self[MOST_ERRORS:] = [f"{source}: and {self.more} more"]
 
 
 def printable(text):
@@ -170,18 +170,19 @@ def logical_lines(text):
 def entry_problem(line, lines):
     """What is wrong with this line as an entry, or None; `lines` holds the names before it."""
     name, colon, command = line.partition(b":")
+    shown = printable(name)
     if not colon:
-        return "no colon in `%s`; expected `name: command`" % printable(line)
+        return f"no colon in `{shown}`; expected `name: command`"
     if not re.fullmatch(rb"[A-Za-z0-9_-]+", name):
-        return "bad name `%s`; use letters, digits, _ and -" % printable(name)
+        return f"bad name `{shown}`; use letters, digits, _ and -"
     if name == b"all":
         return "the name `all` means every process type; use another"
     if name in lines:
-        return "duplicate name `%s`, first on line %d; rename one" % (printable(name), lines[name])
+        return f"duplicate name `{shown}`, first on line {lines[name]}; rename one"
     if not command.strip():
-        return "empty command for `%s`; write one after the colon" % printable(name)
+        return f"empty command for `{shown}`; write one after the colon"
     if b"\0" in command:
-        return "NUL byte in the command of `%s`; remove it" % printable(name)
+        return f"NUL byte in the command of `{shown}`; remove it"
     return None
 
 
@@ -209,7 +210,7 @@ def parse_procfile(text, source="Procfile"):
             types.append(ProcessType(name.decode(), command.lstrip(b" \t")))
             lines[name] = number
     if not types and not problems:
-        problems = ["%s: no process types; write a line such as `web: python app.py`" % source]
+        problems = [f"{source}: no process types; write a line such as `web: python app.py`"]
     if problems:
         raise Failure(*problems)
     return types
@@ -238,7 +239,7 @@ def raw_value(text, quote, start):
     # A quote that is not escaped stands behind an even number of backslashes.
     closing = re.compile(rb"'" if quote == b"'" else rb'(?<!\\)(?:\\\\)*"').search(text, start)
     if not closing:
-        raise ValueError("the quote %s is never closed" % quote.decode(), len(text))
+        raise ValueError(f"the quote {quote.decode()} is never closed", len(text))
     end = text.index(b"\n", closing.end())
     if not is_comment(text[closing.end():end]):
         raise ValueError("text after the closing quote; only a comment may follow", end)
@@ -265,6 +266,29 @@ def expand_value(value, quote, known):
     return re.sub(escapes + ENV_EXPANSION, replacement, value), missing
 
 
+def parse_line(text, start, known):
+    """Parse the line of a .env file (bytes) that begins at `start`; see parse_env().
+
+    Return (name, value, the undefined names in it, where its last line ends); the name of a blank
+    line or a comment is None.  Raises ValueError(what is wrong, where its last line ends).
+    """
+    end = text.index(b"\n", start)
+    match = re.compile(ENV_LINE).match(text, start)
+    if not match and is_comment(text[start:end]):
+        return None, None, (), end
+    if not match:
+        raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
+    name, quote = match.groups()
+    value, end = raw_value(text, quote, match.end())
+    value, missing = expand_value(value, quote, known)
+    if b"\0" in value:
+        raise ValueError("NUL byte in the value; remove it", end)
+    if len(value) > MOST_VALUE:
+        # The rest is not read: it could make a longer one of this, line by line.
+        raise ValueError("the value is longer than 1 MiB", len(text))
+    return name, value, missing, end
+
+
 def parse_env(text, source=".env", environment=()):
     r"""Return (variables, warnings) of a .env file (bytes): a dict of bytes to bytes, and lines
     for stderr, one for each name in a value that nothing defines.
@@ -285,31 +309,20 @@ def parse_env(text, source=".env", environment=()):
     """
     text = plain_lines(text + b"\n")
     variables, known, problems, warnings = {}, dict(environment), Problems(), Problems()
-    place, number = 0, 1
-    while place < len(text):
-        end = text.index(b"\n", place)
-        line = re.compile(ENV_LINE).match(text, place)
+    start, number = 0, 1
+    while start < len(text):
         try:
-            if line:
-                name, quote = line.groups()
-                value, end = raw_value(text, quote, line.end())
-                value, missing = expand_value(value, quote, known)
-                if b"\0" in value:
-                    raise ValueError("NUL byte in the value; remove it", end)
-                if len(value) > MOST_VALUE:
-                    # The rest is not read: it could make a longer one of this, line by line.
-                    raise ValueError("the value is longer than 1 MiB", len(text))
+            name, value, missing, end = parse_line(text, start, known)
+            if name:
                 variables[name] = known[name] = value
-                for each in missing:
-                    warning = "warning: ${%s} is not defined, so it is empty" % each
-                    warnings.add(source, number, warning)
-            elif not is_comment(text[place:end]):
-                raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
+            for each in missing:
+                warning = f"warning: ${{{each}}} is not defined, so it is empty"
+                warnings.add(source, number, warning)
         except ValueError as error:
             problem, end = error.args
             problems.add(source, number, problem)
-        number += text.count(b"\n", place, end + 1)
-        place = end + 1
+        number += text.count(b"\n", start, end + 1)
+        start = end + 1
     if problems:
         raise Failure(*problems)
     return variables, warnings
