@@ -80,6 +80,7 @@ import stat
 import struct
 import time
 from collections import namedtuple
+from contextlib import suppress
 from functools import partial
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -1112,12 +1113,10 @@ def print_error(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
     stalled one none to hang."""
     text = "".join(f"procrun: {line}\n" for line in lines).encode("utf-8", "backslashreplace")
-    try:
+    with suppress(OSError):
         while text and select.select((), (2,), (), 0)[1]:
             # So much does not block: PIPE_BUF of POSIX; a terminal promises no more than a byte.
             text = text[os.write(2, text[:1 if os.isatty(2) else 512]):]
-    except OSError:
-        pass
 
 
 def print_out(text):
@@ -1153,11 +1152,9 @@ def read_some(fd, most=LITTLE):
 
 
 def resize_pipe(fd, capacity):
-    """Give a pipe this capacity (bytes) where the system can."""
-    try:
+    """Give a pipe this capacity (bytes), if this is Linux, and within the user's share."""
+    with suppress(OSError):
         fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), capacity)
-    except OSError:
-        pass    # not Linux, not a pipe, or beyond the user's share: it works as it is
 
 
 # Signals: asynchronous -> readable ---------------------------------------------------------------
@@ -1349,12 +1346,10 @@ def children_of(pid):
     """The process ids of a process's children, a list: those of all its threads (proc(5)).  An
     empty one if it is gone, or where the system does not tell."""
     found = []
-    try:
+    with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
                 found += map(int, file.read().split())
-    except OSError:
-        pass
     return found
 
 
@@ -1497,10 +1492,8 @@ class Guard(Loop):
 
     def report(self, line):
         """Write a line to the front, which may be gone."""
-        try:
+        with suppress(BrokenPipeError):
             os.write(self.reports, line.encode() + b"\n")
-        except BrokenPipeError:
-            pass
 
     def say(self, text):
         """Have the front show a line."""
@@ -1839,14 +1832,13 @@ class Terminal:
             return False
 
     def restore(self):
-        """Restore its modes and screen when the front was killed, from the guard's session."""
-        try:
+        """Restore its modes and screen when the front was killed, from the guard's session; unless
+        it is gone, or another user's."""
+        with suppress(OSError, termios.error):
             fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
             termios.tcsetattr(fd, termios.TCSANOW, self.modes)
             os.write(fd, RESET + b"\x1b[?1047l\x1b[999H\r\n")
             os.close(fd)
-        except (OSError, termios.error):
-            pass    # it is gone, or another user's
 
 
 def port_taken(port):
@@ -2114,12 +2106,11 @@ class Front(Loop):
     # -- orders and limits
 
     def order(self, word, number):
-        """Give the guard an order, and wake it if somebody has stopped it."""
-        try:
+        """Give the guard an order, and wake it if somebody has stopped it.  It may have ended, or
+        take nothing: there is a limit for that."""
+        with suppress(OSError):
             os.write(self.orders, f"{word} {number:d}\n".encode())
             os.kill(self.guard, signal.SIGCONT)
-        except OSError:
-            pass    # it has ended, or takes nothing: there is a limit for that
 
     def set_limit(self, seconds):
         """Wait so long, and no longer, for the guard's next report; or, when the guard has ended,
@@ -2170,19 +2161,15 @@ class Front(Loop):
 
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
-        try:
+        with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
-        except ChildProcessError:
-            pass
 
     def resize(self):
         """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
         wide = high = 0    # as a terminal has it that was never told
-        try:
+        with suppress(OSError):
             wide, high = os.get_terminal_size(1)
-        except OSError:
-            pass
         for child in self.children:
             if child.terminal:
                 margin = self.printer.margin if wide and child is not self.attached else 0
@@ -2358,14 +2345,6 @@ def stage(folder, files):
             os.fsync(file)
 
 
-def remove_empty(folder):
-    """Remove a folder, and those above, as far as they are empty."""
-    try:
-        os.removedirs(folder)
-    except OSError:
-        pass    # not empty
-
-
 def install(location, staging, files, gone):
     """Write all files to a folder below the location, move each to where it is to be, and remove
     what is gone (relative paths).  Signals wait.
@@ -2387,7 +2366,8 @@ def install(location, staging, files, gone):
             path = os.path.join(location, name)
             os.unlink(path)
             done.append(path)
-            remove_empty(os.path.dirname(path))
+            with suppress(OSError):    # its folder, and those above, as far as they are empty
+                os.removedirs(os.path.dirname(path))
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; already replaced or removed: "
                       f"{', '.join(done) or 'nothing'}")
@@ -2507,10 +2487,8 @@ def tidy_fds():
         except OSError:
             os.open(os.devnull, os.O_RDWR)    # takes the lowest free number, which is fd
     for fd in open_fds():
-        try:
+        with suppress(OSError):    # of the one that listed them
             os.set_inheritable(fd, fd < 3)
-        except OSError:
-            pass    # it was the one that listed them
 
 
 def open_children(types, instances, terminals):
