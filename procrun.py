@@ -2639,14 +2639,17 @@ def dry_run(plan, instances):
 
 
 def tell_done(plan, files, gone):
-    """Say what an export has done, and how to start it."""
+    """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
     start = FORMATS[plan.format].start.format(app=plan.app, location=shell_quote(plan.location))
     if plan.user_units and plan.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     lines = [f"writing: {plan.location}/{file.path}" for file in files]
     lines += [f"removing: {plan.location}/{name}" for name in gone]
-    for line in lines + [f"start it with: {start}"]:
-        print_out(f"[procrun export] {line}\n")
+    try:
+        for line in lines + [f"start it with: {start}"]:
+            print_out(f"[procrun export] {line}\n")
+    except Failure as failure:
+        print_error(*failure.args)
 
 
 def cmd_export(args):
