@@ -4414,8 +4414,6 @@ if os.environ.get("PROCRUN_PART"):
 # Nothing is asserted.  Each figure is the median of ROUNDS (5) measurements, taken in turn with
 # those of its yardstick: whatever else the machine does meets both.  Linux only, for /proc.
 
-PEERS = dict.fromkeys(("foreman", "honcho", "nf", "hivemind", "overmind"), "--version")
-PEERS.update(dict.fromkeys(("goreman", "forego"), "version"))    # what tells the version
 MILLION = 1000000
 PLAIN = sys.executable, PROCRUN    # as a user calls it
 MODULE = sys.executable, "-m", "procrun"    # as a module, which CPython compiles but once
@@ -4425,10 +4423,6 @@ TICKER = (sys.executable + " -c \"import os, time; os.write(1, b'up\\n'); [os.wr
           " %% time.monotonic()) and time.sleep(%s) for _ in range(%s)]\"")
 BARE_LOOP = ("import os\nfor _ in range(%d):\n"
              "    os.fork() or os.execl('/bin/sh', 'sh', '-c', '" + SLEEPER + "')\nos.wait()")
-# Most peers stop the rest when one ends, so that their writers wait for the last of them; and
-# foreman blocks for ever if a pipe is full before it reads, so that they begin a little later.
-PEERS_WRITER = ("sleep .2; cat %s; rmdir left/$1 left 2>/dev/null\n"
-                "while [ -d left ]; do sleep .1; done\n")
 
 
 def in_turn(rounds, *measurements):
@@ -4466,49 +4460,29 @@ def row(what, value, base=None, yardstick="", form=in_units):
 
 # Throughput: the whole command, from start to exit
 
-def copied(command, folder, line, names):
+def copied(command, app, line):
     """Run a command with its output in a file; return the seconds, and the lines not whole."""
-    for name in names:
-        os.makedirs(str(folder / "left" / name), exist_ok=True)
-    with open(str(folder / "out"), "wb") as out:
-        seconds = timed(command, cwd=str(folder), stdin=subprocess.DEVNULL, stdout=out,
-                        stderr=subprocess.DEVNULL)
-    return seconds, MILLION - (folder / "out").read_bytes().count(line)
+    with open(str(app / "out"), "wb") as out:
+        seconds = timed(command, cwd=str(app), stdin=subprocess.DEVNULL, stdout=out)
+    return seconds, MILLION - (app / "out").read_bytes().count(line)
 
 
-def throughput(folder, rounds, peers, size, names):
-    """One process for each name, a million lines together.  Return for procrun, procrun into cat,
-    the yardstick and each of the peers (seconds, lines torn or lost)."""
-    data, line = folder / "data", b"x" * (size - 1)
-    data.write_bytes((line + b"\n") * (MILLION // len(names)))
-    app = app_of(folder, "".join("%s: cat %s\n" % (name, data) for name in names))
-    theirs = app_of(folder, "".join("%s: sh writer %s\n" % (name, name) for name in names))
-    theirs.joinpath("writer").write_text(PEERS_WRITER % data)
-    start = [sys.executable, PROCRUN, "start", "--can-die", ",".join(names)]
-    piped = ["sh", "-c", '"$@" | cat', "sh", *start]
-    sed = "cat %s | sed 's/^/12:00:00 a.1    | /'" % " ".join([str(data)] * len(names))
-    jobs = [(start, app), (piped, app), (["sh", "-c", sed], app)]
-    jobs += [(["timeout", "-k", "1", "300", name] + ["start"] * (name != "hivemind"), theirs)
-             for name in peers]
-    numbers = in_turn(rounds, *[lambda job=job: copied(*job, line, names) for job in jobs])
-    return list(zip(numbers[::2], numbers[1::2]))
-
-
-def not_whole(lines):
-    """A note, if there are such lines."""
-    return " (%d lines torn or lost)" % lines if lines > 0 else ""
-
-
-def throughput_rows(folder, rounds, peers):
-    """Yield the rows that the peers are part of."""
+def throughput_rows(folder, rounds):
+    """Yield the rows about a million lines, one process for each name."""
     for what, size, names in [("1 000 000 lines of 80 bytes, into a file", 80, "a"),
                               ("the same from 8 processes", 80, "abcdefgh"),
                               ("1 000 000 lines of 9 bytes", 9, "a")]:
-        (own, torn), (piped, _), (sed, _), *others = throughput(folder, rounds, peers, size, names)
+        data, line = folder / "data", b"x" * (size - 1) + b"\n"
+        data.write_bytes(line * (MILLION // len(names)))
+        app = app_of(folder, "".join("%s: cat %s\n" % (name, data) for name in names))
+        start = [sys.executable, PROCRUN, "start", "--can-die", ",".join(names)]
+        sed = "cat %s | sed 's/^/12:00:00 a.1    | /'" % " ".join([str(data)] * len(names))
+        own, torn, piped, _, sed, _ = in_turn(rounds, *[
+            functools.partial(copied, command, app, line)
+            for command in (start, ["sh", "-c", '"$@" | cat', "sh", *start], ["sh", "-c", sed])])
         cells = row(what, own, sed, "`cat \\| sed`")
-        cells[1] += not_whole(torn)
-        yield cells + ["%s, %.0f ×%s" % (in_units(seconds), seconds / own, not_whole(torn))
-                       for seconds, torn in others]
+        cells[1] += " (%d lines torn or lost)" % torn if torn else ""
+        yield cells
         if names == "a" and size == 80:
             yield row("into a pipe to `cat`", piped, sed, "`cat \\| sed` into a file")
 
@@ -4555,6 +4529,19 @@ def first_line(app, python):
         all_up(run.process, 1)
         seconds = time.perf_counter() - start
         until_exit(run, run.pid, signal.SIGINT)
+    return [seconds]
+
+
+def restarted(app):
+    """Seconds from a typed restart to the first line of the new process."""
+    with Terminal(app, "start", python=PLAIN) as run:
+        run.expect(rb" up$")
+        start = time.perf_counter()
+        run.type(b"restart\n")
+        run.expect(rb" up\n(.*\n)+.* up$")
+        seconds = time.perf_counter() - start
+        run.signal(signal.SIGINT)
+        run.wait()
     return [seconds]
 
 
@@ -4628,6 +4615,9 @@ def other_rows(folder, rounds):
         rounds, lambda: resting(sleeper, 10, PLAIN), lambda: resting(sleeper, 10, MODULE))
     yield row("Ctrl-C to exit, 10 processes", down)
     yield row("crash of one to exit, 10 processes", *in_turn(rounds, lambda: crash(sleeper, 10)))
+    yield row("typed `restart`, until the first line of the new process", *in_turn(
+        rounds, lambda: restarted(sleeper),
+        lambda: [timed(["sh", "-c", "echo"], stdout=subprocess.DEVNULL)]), "`sh -c echo`")
     ticks = TICKER % (0.01, 200)
     stamps = app_of(folder, "a: %s\n" % ticks)
     yield row("a line written, until it can be read", *in_turn(
@@ -4663,27 +4653,19 @@ def machine():
                                     platform.system(), platform.release())
 
 
-def version(*command):
-    """The number that a command gives for its version."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return "%s %s" % (command[0], re.search(r"\d[\w.]*|$", done.stdout.decode())[0])
-
-
 def bench(rounds=5):
     """Print the table, row by row."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)    # or MODULE is compiled each time
-    peers = [name for name in PEERS if shutil.which(name)]
-    tools = [("sed", "--version")] + [(name, PEERS[name]) for name in peers]
+    sed = subprocess.run(["sed", "--version"], stdout=subprocess.PIPE).stdout.decode()
     print("Medians of %d on %s; procrun %s, Python %s, %s.\n" % (
         rounds, machine(), procrun.VERSION, platform.python_version(),
-        ", ".join(version(*tool) for tool in tools)))
-    columns = ["what", "procrun", "yardstick", "ratio"] + peers
+        sed.split("\n")[0]))
+    columns = ["what", "procrun", "yardstick", "ratio"]
     print("| %s |\n|%s" % (" | ".join(columns), " --- |" * len(columns)), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        for cells in itertools.chain(throughput_rows(folder, rounds, peers),
-                                     other_rows(folder, rounds)):
-            print("| %s |" % " | ".join(cells + [""] * (len(columns) - len(cells))), flush=True)
+        for cells in itertools.chain(throughput_rows(folder, rounds), other_rows(folder, rounds)):
+            print("| %s |" % " | ".join(cells), flush=True)
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
