@@ -74,7 +74,6 @@ import argparse
 import errno
 import re
 import select
-import selectors
 import signal
 import stat
 import struct
@@ -82,6 +81,7 @@ import time
 from collections import namedtuple
 from contextlib import suppress
 from functools import partial
+from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before there is anything: no traceback
@@ -221,7 +221,7 @@ def parse_procfile(text, source="Procfile"):
 
 # A name, and the quote that opens the value, if there is one.
 ENV_LINE = rb"""[ \t]*(?:export[ \t]+)?([^\0- \x7f='"#][^\0- \x7f='"]*)[ \t]*=(?:[ \t]*(['"]))?"""
-ENV_ESCAPES = {b"n": b"\n", b"t": b"\t", b'"': b'"', b"\\": b"\\", b"$": b"$"}
+ENV_ESCAPES = {b"n": b"\n", b"t": b"\t"}    # others stand for themselves
 # One that is never closed is matched, too: if it were not, a value that is full of them would take
 # hours, because each would look for its } up to the end.
 ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
@@ -256,7 +256,7 @@ def expand_value(value, quote, known):
     def replacement(match):
         escaped, name, default, closed = match.groups()
         if escaped:
-            return ENV_ESCAPES[escaped]
+            return ENV_ESCAPES.get(escaped, escaped)
         if not closed:
             return match[0]
         if name not in known and default is None:
@@ -835,22 +835,18 @@ def export_kubernetes(plan, jobs):
                + ",\n".join(items) + "]}\n")
 
 
-Format = namedtuple("Format", "function help start")
-Format.__doc__ = "An export format: its generator, what that makes, the command that starts it."
+Format = namedtuple("Format", "function start")
+Format.__doc__ = "An export format: its generator of files, and the command that starts the app."
 
 FORMATS = {
-    "upstart": Format(export_upstart, "jobs for /etc/init", "start {app}"),
-    "systemd": Format(export_systemd, "units for /etc/systemd/system",
+    "upstart": Format(export_upstart, "start {app}"),
+    "systemd": Format(export_systemd,
                       "systemctl daemon-reload && systemctl enable --now {app}.target"),
-    "launchd": Format(export_launchd, "property lists for /Library/LaunchDaemons",
-                      "launchctl bootstrap system {location}/{app}-*.plist"),
-    "supervisord": Format(export_supervisord, "a file for /etc/supervisor/conf.d",
-                          "supervisorctl update"),
-    "runit": Format(export_runit, "service directories for /etc/sv",
-                    "ln -s {location}/{app}-* /etc/service/"),
-    "kubernetes": Format(export_kubernetes, "Deployments, a Secret and a Service",
-                         "kubectl apply --server-side -f {location}/{app}-secret.json "
-                         "-f {location}/{app}.json"),
+    "launchd": Format(export_launchd, "launchctl bootstrap system {location}/{app}-*.plist"),
+    "supervisord": Format(export_supervisord, "supervisorctl update"),
+    "runit": Format(export_runit, "ln -s {location}/{app}-* /etc/service/"),
+    "kubernetes": Format(export_kubernetes, "kubectl apply --server-side "
+                         "-f {location}/{app}-secret.json -f {location}/{app}.json"),
 }
 
 
@@ -965,13 +961,14 @@ the filter of what processes write: TERMINAL, COLOURLESS, or None, where every b
 class Source:
     """One name in the output, and the line that it has not finished yet."""
 
+    prefix, second = b"", None    # the prefix, and the second it was made for
+    sgr = ""                      # the sequences that set the line's colours
+    column = 0                    # how far the line goes, at least
+
     def __init__(self, name, colour, crlf=False):
-        self.name, self.colour = name, colour      # str, SGR code as a str
-        self.crlf = crlf                           # whether its lines end in CR LF, as a PTY's do
-        self.second, self.prefix = None, b""       # the prefix, and the second it was made for
-        self.tail = bytearray()                    # of the unfinished line, what is not shown yet
-        self.sgr = ""                              # the sequences that set the line's colours
-        self.column = 0                            # how far the line goes, at least
+        self.name, self.colour = name, colour    # str, SGR code as a str
+        self.crlf = crlf                         # whether its lines end in CR LF, as a PTY's do
+        self.tail = bytearray()                  # of the unfinished line, what is not shown yet
 
     def begin_line(self):
         """Go to the next line.  Colours hold there, unless the last of them ended another one."""
@@ -1178,7 +1175,7 @@ def handle(numbers, handler):
 
 
 def catch_signals(numbers, blocked=()):
-    """Have signals arrive as bytes in a pipe, and others blocked; return the pipe's reading end."""
+    """Have signals arrive as bytes in a pipe, and block others; return the pipe's reading end."""
     fd, wakeup = os.pipe()
     os.set_blocking(fd, False)
     os.set_blocking(wakeup, False)
@@ -1257,20 +1254,20 @@ class Child(Source):
 
     Its output goes through a pipe, and it reads another one; or both are a PTY.
     """
+    pid = None               # of its leader, while that lives
+    ended = "not started"    # in words, while .pid is None
+    read_size = LITTLE       # bytes
+    group = None             # the guard's: its group, until all of that is gone
+    asked = None             # the guard's: "stop" or "restart"
+    show_line = None         # the front's: shows its unfinished line
+    last = b""               # the front's: what it has written last
 
     def __init__(self, index, instance, colour, terminal):
         super().__init__(instance.name, colour, crlf=terminal)
         self.index, self.instance, self.type = index, instance, instance.type
         self.terminal = terminal                # whether it gets a PTY
         self.text = shell_text(instance.command)
-        self.pid = None                         # of its leader, while that lives
         self.since = time.monotonic()           # when it was forked, or has ended
-        self.ended = "not started"              # in words, while .pid is None
-        self.read_size = LITTLE                 # bytes
-        self.group = None                       # the guard's: its group, until all of that is gone
-        self.asked = None                       # the guard's: "stop" or "restart"
-        self.show_line = None                   # the front's: shows its unfinished line
-        self.last = b""                         # the front's: what it has written last
 
     def open_pipes(self, capacity):
         """Make the pipes of its output, of this capacity (bytes), and of its stdin."""
@@ -1377,7 +1374,7 @@ def groups_below(pids):
 
 
 def read_proc(pid, name):
-    """What /proc tells of a process, a file of it as bytes; nothing if it is gone, or elsewhere."""
+    """A file of a process in /proc, as bytes; none if it is gone, or where there is no /proc."""
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
             return file.read()
@@ -1431,21 +1428,22 @@ class Guard(Loop):
     Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `failed INDEX` (that ends
     the set), `say TEXT`, `stopped`, `progress`, and as the last one `exit STATUS`.
     """
+    raw = False         # whether the front has put the user's terminal into raw mode
+    stopped = False     # Ctrl-Z: fork no more until SIGCONT
+    status = None       # procrun's exit status, once the set is ending
+    ending = None       # the steps of that, a generator
+    failed = 0          # under --keep-going: the exit status of the first to fail
+    killing = False     # whether SIGKILL has been sent to all
+    progress = False    # whether anything has ended since it was last asked
+    over = False
 
     def __init__(self, children, options, terminal):
         super().__init__()
         self.children, self.options = children, options
-        self.terminal = terminal       # the user's, to be restored if the front is killed; or None
-        self.raw = False               # whether the front has put it into raw mode
+        self.terminal = terminal       # to be restored if the front is killed; or None
         self.waiting = list(children)  # to be forked
         self.running = {}              # group id -> Child, until the whole group is gone
         self.terminated = set()        # groups that got SIGTERM
-        self.stopped = False           # Ctrl-Z: fork no more until SIGCONT
-        self.status = None             # procrun's exit status, once the set is ending
-        self.ending = None             # the steps of that, a generator
-        self.failed = 0                # under --keep-going: the exit status of the first to fail
-        self.killing = self.over = False
-        self.progress = False          # whether anything has ended since it was last asked
         self.strays = []               # names of what had left its group and got SIGTERM
 
     def fork(self):
@@ -1480,9 +1478,9 @@ class Guard(Loop):
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
         self.signals = catch_signals({signal.SIGCHLD}, STANDARD - {signal.SIGCHLD})
-        selector = selectors.DefaultSelector()
-        selector.register(orders, selectors.EVENT_READ, partial(self.on_orders, orders, selector))
-        selector.register(self.signals, selectors.EVENT_READ, self.reap)
+        selector = DefaultSelector()
+        selector.register(orders, EVENT_READ, partial(self.on_orders, orders, selector))
+        selector.register(self.signals, EVENT_READ, self.reap)
         self.after(0, self.spawn)
         while not self.over:
             self.turn(selector)
@@ -1867,6 +1865,16 @@ help                this list"""
 class Front(Loop):
     """What the user sees: prints what children write and the guard reports, and passes signals,
     typed commands and keys on.  It decides nothing; run() tells the story."""
+    status = None          # the exit status, which is the guard's last report
+    signalled = None       # when a signal first asked for the end (monotonic)
+    pausing = False        # Ctrl-Z, until the guard has stopped all
+    failed = None          # the Child whose failure ended the set
+    lost = 0               # the exit status for output that could not be written
+    attached = None        # the Child that the terminal belongs to
+    attach_first = None    # the one to be attached when it starts
+    in_line = False        # whether what the attached program wrote ends in mid-line
+    alternate = b"l"       # whether it uses the alternate screen: b"h"
+    held = 0               # bytes of others that are held back meanwhile
 
     def __init__(self, guard, printer, sink):
         super().__init__()
@@ -1875,20 +1883,10 @@ class Front(Loop):
         self.guard, self.orders, self.reports = guard.fork()
         self.system = Source("system", "37")
         self.queue = printer.queue    # what stdout has not taken yet
-        self.status = None            # the exit status, which is the guard's last report
-        self.signalled = None         # when a signal first asked for the end (monotonic)
-        self.pausing = False          # Ctrl-Z, until the guard has stopped all
-        self.failed = None            # the Child whose failure ended the set
-        self.lost = 0                 # the exit status for output that could not be written
-        self.attached = None          # the Child that the terminal belongs to
-        self.attach_first = None      # the one to be attached when it starts
-        self.in_line = False          # whether what the attached program wrote ends in mid-line
-        self.alternate = b"l"         # whether it uses the alternate screen: b"h"
-        self.typed = bytearray()      # what it has not taken yet
-        self.held = 0                 # bytes of others that are held back meanwhile
-        self.waiting = []             # those that wait to be read, as these are too many
+        self.typed = bytearray()      # what the attached program has not taken yet
+        self.waiting = []             # children that wait to be read, as too much is held back
         # What is watched always, only while stdout takes output, and only while it does not.
-        self.always, self.busy, self.stalled = [selectors.DefaultSelector() for _ in range(3)]
+        self.always, self.busy, self.stalled = [DefaultSelector() for _ in range(3)]
 
     def run(self):
         """Run the set; return the exit status."""
@@ -1917,15 +1915,15 @@ class Front(Loop):
     def watch_all(self):
         """Begin to watch what is there from the start; children follow when they are started."""
         for selector in (self.busy, self.stalled):
-            selector.register(self.always, selectors.EVENT_READ, partial(dispatch, self.always))
-        self.always.register(self.signals, selectors.EVENT_READ, self.on_signals)
-        self.always.register(self.reports, selectors.EVENT_READ, self.on_reports)
+            selector.register(self.always, EVENT_READ, partial(dispatch, self.always))
+        self.always.register(self.signals, EVENT_READ, self.on_signals)
+        self.always.register(self.reports, EVENT_READ, self.on_reports)
         if self.sink.waits:
-            self.stalled.register(self.sink.fd, selectors.EVENT_WRITE, self.flush)
+            self.stalled.register(self.sink.fd, EVENT_WRITE, self.flush)
         if self.sink.is_pipe:
             # Nothing can be read there, but epoll and kqueue tell so that the reader is gone;
             # writing then finds it out.
-            self.busy.register(self.sink.fd, selectors.EVENT_READ,
+            self.busy.register(self.sink.fd, EVENT_READ,
                                partial(self.queue.append, b"\n"))
         if self.terminal:
             self.watch_terminal()
@@ -2034,7 +2032,7 @@ class Front(Loop):
     def watch_output(self, child):
         """Read its output, if that is not so yet."""
         if child.fd not in self.busy.get_map():
-            self.busy.register(child.fd, selectors.EVENT_READ, partial(self.on_output, child))
+            self.busy.register(child.fd, EVENT_READ, partial(self.on_output, child))
 
     def on_ended(self, index, status):
         """A leader has ended: first what it has written last, then the word on its end."""
@@ -2180,7 +2178,7 @@ class Front(Loop):
 
     def watch_terminal(self):
         """Read what is typed."""
-        self.always.register(self.terminal.fd, selectors.EVENT_READ, self.on_typed)
+        self.always.register(self.terminal.fd, EVENT_READ, self.on_typed)
 
     def on_typed(self):
         """Something was typed, or so it seems: it may be meant for another program.  Then look
@@ -2285,7 +2283,7 @@ class Front(Loop):
         except OSError:
             self.typed.clear()    # it has ended
         if self.typed:
-            self.always.register(fd, selectors.EVENT_WRITE, self.type)
+            self.always.register(fd, EVENT_WRITE, self.type)
 
 
 # Files: text -> LOCATION -------------------------------------------------------------------------
@@ -2545,7 +2543,9 @@ def cmd_start(args):
 
 def cmd_run(args):
     """procrun run: become the command."""
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    command = args.command
+    if command[:1] == ["--"]:
+        del command[0]
     if not command or not command[0]:
         raise UsageError("run what? name a process type, or a command")
     may_be_type = len(command) == 1 and (args.procfile or os.path.exists(procfile_path(args)))
@@ -2653,7 +2653,15 @@ def tell_done(plan, files, gone):
 
 
 def cmd_export(args):
-    """procrun export: write the configuration of a process manager."""
+    """procrun export: write the configuration of a process manager.
+
+    upstart       jobs for /etc/init
+    systemd       units for /etc/systemd/system
+    launchd       property lists for /Library/LaunchDaemons
+    supervisord   a file for /etc/supervisor/conf.d
+    runit         service directories for /etc/sv
+    kubernetes    Deployments, a Secret and a Service
+    """
     app = load_app(args, load_types(args))
     counts, base, instances = planned(args, app)
     if args.format == "kubernetes":    # which makes the instances itself, from one of each type
@@ -2780,11 +2788,8 @@ def parse_words(words):
     if name not in COMMANDS:
         top.error(f"unknown command `{name}`; there are {', '.join(COMMANDS)}")
     function, text = COMMANDS[name]
-    page = function.__doc__
-    if name == "export":
-        page += "".join(f"\n    {key:12} {each.help}" for key, each in FORMATS.items())
     # What stands before the command is in args already, and lists are extended.
-    parser = make_parser(COMMON + text, prog=f"procrun {name}", description=page)
+    parser = make_parser(COMMON + text, prog=f"procrun {name}", description=function.__doc__)
     return function, parser.parse_args(rest, args)
 
 
