@@ -2932,7 +2932,7 @@ def test_exec_failure(tmp_path, text, env, name):
 def test_no_root_directory(tmp_path, root):
     with Run(procfile(tmp_path, "a: sleep 300\n"), "start", "-f", "Procfile", "-d", root) as run:
         assert run.wait() == 1
-        assert complaint(run).startswith(root + ": ")
+        assert root + ": " in complaint(run)
 
 
 @pytest.mark.parametrize("limit", [16, 24])
@@ -3161,8 +3161,8 @@ def test_a_stalled_stderr_hangs_nothing(tmp_path):
 
 
 def test_no_signal_but_sigkill_ends_the_guard(tmp_path):
-    with Run(procfile(tmp_path, "a: echo up; exec sleep 300\n"), "start") as run:
-        run.expect(rb"\| up$")
+    with Run(procfile(tmp_path, "a: exec sleep 300\n"), "start") as run:
+        eventually(lambda: run.read(0.1) and sleeping(run, b"300"))
         for number in set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}:
             os.kill(guard(run), number)
         run.signal(signal.SIGINT)
