@@ -1131,7 +1131,12 @@ def open_fds():
     """The numbers of the open file descriptors, as a list (of a moment ago: one may be closed);
     raises Failure."""
     try:
-        return [int(name) for name in os.listdir("/dev/fd")]
+        numbers = list(map(int, os.listdir("/dev/fd")))
+        if max(numbers) < 3:    # FreeBSD lists no others; what procrun opened has the lowest ones
+            free = os.dup(0)
+            os.close(free)
+            numbers = list(range(free))
+        return numbers
     except OSError as error:
         raise Failure(f"/dev/fd: {error.strerror}; on Linux, /proc has to be mounted")
 
@@ -2521,7 +2526,10 @@ def cmd_start(args):
     can_die = selected(args.can_die, instances, "--can-die")
     quiet = selected(args.quiet, instances, "--quiet")
     enter_root(app.root)
-    tidy_fds()
+    try:
+        tidy_fds()
+    except OSError as error:
+        raise Failure(f"{os.devnull}: {error.strerror}; it is needed where 0, 1 or 2 is closed")
     terminal = Terminal() if os.isatty(0) else None
     if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "

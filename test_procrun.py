@@ -3063,6 +3063,19 @@ def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
         assert run.wait() == 130
 
 
+NO_LIST = ("import os, sys; sys.path.insert(0, %r); import procrun; listed = os.listdir; "
+           "os.listdir = lambda path: ['0', '1', '2'] if path == '/dev/fd' else listed(path); "
+           "sys.exit(procrun.main())" % HERE)
+
+
+def test_the_guard_holds_no_orders_where_open_files_are_not_listed(tmp_path):
+    """As on FreeBSD, whose /dev/fd shows 0 to 2 alone."""
+    app = procfile(tmp_path, "a: echo up; exec sleep 301\n")
+    with Run(app, "start", python=(sys.executable, "-c", NO_LIST)) as run:
+        run.expect(rb"\| up$")
+        run.signal(signal.SIGKILL)    # the guard sees the end of the orders
+
+
 @both_ways
 def test_a_pause_of_the_reader_tears_no_line_and_starves_nobody(tmp_path, mode):
     """What looks like an unfinished line then is one whose rest procrun has not read."""
