@@ -235,7 +235,7 @@ def needs(*programs):
 
 
 def ask(folder, *args, command=None, env=None, **options):
-    """Run `python procrun.py`, or another command, to its end; return (exit status, stdout, stderr)."""
+    """Run `python procrun.py`, or another command, to its end; (exit status, stdout, stderr)."""
     environment = {key: value for key, value in os.environ.items()
                    if key not in ("PORT", "PS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")}
     done = subprocess.run([*(command or compiled()), *args], cwd=str(folder), timeout=20,
@@ -245,7 +245,7 @@ def ask(folder, *args, command=None, env=None, **options):
 
 
 def call(folder, *args, prepare=lambda: None):
-    """The same by procrun.main() in a fork, which is quicker, for what needs no Python of its own."""
+    """The same by procrun.main() in a fork, which is quicker where no Python of its own is due."""
     files = [tempfile.TemporaryFile() for _ in range(2)]
     pid = os.fork()
     if pid == 0:
@@ -517,7 +517,8 @@ APP = "web: {0}\nworker: {0}\nclock: {0}\n".format("echo $PS=$PORT; cat")
     ("clock", {"PORT": ""}, "PORT=''", "clock.1=5200"),
 ])
 def test_formation_and_ports(tmp_path, args, env, dotenv, expected):
-    with Run(procfile(tmp_path, APP, dotenv), "start", *args.split(), env={"PORT": "", **env}) as run:
+    app = procfile(tmp_path, APP, dotenv)
+    with Run(app, "start", *args.split(), env={"PORT": "", **env}) as run:
         for instance in expected.split():
             run.expect(rb"\| %s$" % instance.encode())
         run.end("TERM")
@@ -593,7 +594,7 @@ def test_shell_text_does_what_the_command_does(tmp_path, shell):
     assert {126, 127} <= {status for status, _ in plain}
 
 
-# Export -------------------------------------------------------------------------------------------
+# Export ------------------------------------------------------------------------------------------
 
 FORMATS = "upstart", "systemd", "launchd", "supervisord", "runit", "kubernetes"
 USER = {b"HOME": b"/root", b"USER": b"root", b"LOGNAME": b"root"}
@@ -819,7 +820,7 @@ def runsvdir(location):
     try:
         yield control
     finally:
-        process.send_signal(signal.SIGHUP)    # end the services, too; a SIGTERM beside it would win
+        process.send_signal(signal.SIGHUP)    # ends the services; a SIGTERM beside it would win
         process.wait(20)
         settle(process, tag)
 
@@ -1163,7 +1164,7 @@ def awkward_apps(tmp_path, format, location):
 
 
 @real
-@LINUX
+@needs_linux
 def test_a_real_manager_runs_restarts_and_stops_it_all(tmp_path, format):
     folder, location = tmp_path / "my app", tmp_path / "out"
     tag, base = stopping_app(folder, STOPPED + SHAPES)
@@ -1196,7 +1197,7 @@ def test_a_real_manager_runs_restarts_and_stops_it_all(tmp_path, format):
 
 
 @as_root
-@LINUX
+@needs_linux
 @needs("runsvdir", "sv", "chpst", "svlogd")
 @pytest.mark.parametrize("command, grace", [("exec sleep 300", 60), ("sleep 300; echo next", 1)])
 def test_runit_stops_what_it_has_just_started(tmp_path, command, grace):
@@ -1225,7 +1226,7 @@ def test_runit_stops_what_it_has_just_started(tmp_path, command, grace):
         eventually(lambda: all(map(down, services, since.values())) and not leftovers(tag))
 
 
-@LINUX
+@needs_linux
 @pytest.mark.parametrize("format, to_all", [("upstart", True), ("launchd", False)])
 def test_sigterm_reaches_the_app_and_it_is_waited_for(tmp_path, format, to_all):
     folder, location = tmp_path / "my app", tmp_path / "out"
@@ -1648,7 +1649,7 @@ def test_what_is_installed_stays_a_success_whoever_reads(tmp_path):
     assert set(tree(tmp_path / "out")) == set(tree(tmp_path / "fresh"))
 
 
-@LINUX
+@needs_linux
 @pytest.mark.parametrize("shell", [
     pytest.param(each.split(), marks=needs(each.split()[0]))
     for each in ("busybox sh", "dash", "bash --posix", "mksh", "zsh --emulate sh")])
@@ -2144,7 +2145,8 @@ def test_a_command_reaches_the_shell_byte_for_byte(tmp_path):
     with Run(app, "start", "--no-timestamp") as run:
         assert run.wait() == 0
         assert run.expect(rb"web\.1  \| \S*sh\0-c\0(.*)\0")[1] == procrun.shell_text(command)
-        assert b"\0\xff\xfe\t\x01\r $PORT $PORT; `id` %d $PS \xc3\xa9 2\n" % BASE_PORT in run.output
+        said = b"\0\xff\xfe\t\x01\r $PORT $PORT; `id` %d $PS \xc3\xa9 2\n" % BASE_PORT
+        assert said in run.output
 
 
 @pytest.mark.parametrize("env, dotenv, expected", [
@@ -2212,7 +2214,30 @@ def test_a_second_signal_kills_at_once(tmp_path, first, second):
         assert run.lines("a.1")[-1] == b"terminated by SIGKILL"
 
 
-@pytest.mark.parametrize("grace, polite", [("0", False), ("0.3", True)])
+@pytest.mark.parametrize("first", ["INT", "TERM", "crash"])
+def test_a_signal_right_after_is_the_same_request(tmp_path, first):
+    """Ctrl-C may come by two ways, or while a crash ends the set already."""
+    app = procfile(tmp_path, "a: trap 'echo asked; %s; echo saved; exit' TERM; echo up; %s\n"
+                             "b: %sexit 3\n" % (UNTIL % "free", LOOP, UNTIL_GO))
+    soon = False
+    while not soon:    # on a busy machine it may take more than one to be soon enough
+        with Run(app, "start", "-t", "60") as run:
+            run.expect(rb"up$")
+            began = time.monotonic()
+            status = begin(run, app, first)
+            run.expect(rb"shutting down$|stopping the rest$")
+            run.signal(signal.SIGINT)
+            soon = time.monotonic() - began < 0.2
+            run.expect(rb"\| asked$|SIGKILL to")
+            app.joinpath("free").touch()
+            assert run.wait() == status
+        assert not soon or b"saved" in run.lines("a.1")
+        for name in "go", "free":
+            with contextlib.suppress(FileNotFoundError):
+                app.joinpath(name).unlink()
+
+
+@pytest.mark.parametrize("grace, polite", [("0", False), ("1", True)])
 def test_grace_period(tmp_path, grace, polite):
     with Run(procfile(tmp_path, UNWILLING), "start", "--timeout=" + grace) as run:
         run.expect(rb"up$")
@@ -2317,9 +2342,16 @@ def pause(seconds):
     select.select((), (), (), seconds)
 
 
+def proc(pid, name=""):
+    """A file in the folder that Linux has for a process; where there is none, the test is skipped."""
+    if not PROC:
+        pytest.skip("looks into /proc")
+    return "/proc/%d/%s" % (pid, name)
+
+
 def children(pid):
     """The ids of the children of a process."""
-    with open("/proc/%d/task/%d/children" % (pid, pid)) as file:
+    with open(proc(pid, "task/%d/children" % pid)) as file:
         return [int(word) for word in file.read().split()]
 
 
@@ -2330,7 +2362,7 @@ def guard(run):
 
 def facts(pid, file="status"):
     """What /proc/PID/FILE says: a dict from each line's name to the first word behind it."""
-    with open("/proc/%d/%s" % (pid, file)) as lines:
+    with open(proc(pid, file)) as lines:
         return {line.split(":")[0]: line.split(":")[1].split()[0] for line in lines
                 if line.split(":")[1:] and line.split(":")[1].strip()}
 
@@ -2342,7 +2374,7 @@ def is_stopped(pid):
 
 def opened(pid):
     """What a process has open: a dict from fd to the name that the kernel has for it."""
-    place = "/proc/%d/fd/" % pid
+    place = proc(pid, "fd/")
     return {int(fd): os.readlink(place + fd) for fd in os.listdir(place)}
 
 
@@ -2474,7 +2506,7 @@ d: (setsid sh -c 'trap "echo ended >said; setsid sleep 310 & exit" TERM; sleep 3
 e: trap '' HUP; setsid sleep 312 >/dev/null 2>&1 & (setsid setsid sleep 313 >/dev/null 2>&1 &) \
    ; exit 0
 f: """ + UNTIL_GO + "exit 3\n")
-    with Run(app, "start", "-t", "0.2", "--can-die", "e", *mode) as run:
+    with Run(app, "start", "-t", "1", "--can-die", "e", *mode) as run:
         run.expect(rb"c\.1 +\| here$")
         run.expect(rb"e\.1 +\| exited with code 0$")
         eventually(lambda: sleeping(run, b"30") + sleeping(run, b"31") == 11)
@@ -2540,7 +2572,7 @@ while True:
 def test_a_stranger_that_floods_a_pipe_is_not_waited_for(tmp_path):
     with Run(procfile(tmp_path, "a: echo up; exec sleep 300\n"), "start") as run:
         run.expect(rb"\| up$")
-        with open("/proc/%d/fd/1" % pids(run)["a.1"], "wb") as pipe, \
+        with open(proc(pids(run)["a.1"], "fd/1"), "wb") as pipe, \
                 subprocess.Popen(["yes"], stdout=pipe) as stranger:
             run.expect(rb"\| y$")
             run.signal(signal.SIGTERM)
@@ -2581,13 +2613,13 @@ a: trap '' HUP; trap 'touch bye.$PS; exit' TERM; echo up; sleep 300 & wait
 b: trap '' HUP; (setsid sh -c 'trap "touch bye.escapee; exit" TERM; echo up; sleep 301 & wait' &) \
    ; sleep 302
 c: """ + DEAF)
-    with Run(app, "start", "-t", "0.3", "-c", "a=2", *mode) as run:
+    with Run(app, "start", "-t", "1", "-c", "a=2", *mode) as run:
         eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") == 4)
         run.signal(signal.SIGKILL)
         began = time.monotonic()
         eventually(lambda: len(list(app.glob("bye.*"))) == 3)
         eventually(lambda: not leftovers(run.tag)[1:])    # but the unreaped procrun
-        assert time.monotonic() - began >= 0.3
+        assert time.monotonic() - began >= 1
 
 
 @both_ways
@@ -2783,7 +2815,7 @@ def test_a_proc_of_another_namespace(tmp_path, shell):
     command = "unshare", "--pid", "--fork", *shell, *compiled()
     if subprocess.run([*command[:3], "true"]).returncode:
         pytest.skip("cannot make a PID namespace here")
-    app = procfile(tmp_path, "a: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; %s\n" % LOOP)
+    app = procfile(tmp_path, "a: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; " + LOOP)
     with Run(app, "start", "-t", "0.2", python=command) as run:
         run.expect(rb"\| up$")
         inner = children(run.pid)[0]
@@ -3019,8 +3051,8 @@ def test_nohup_keeps_its_meaning(tmp_path):
         assert b"SIGHUP" not in run.output
 
 
-NO_SUBREAPER = ("import sys; sys.path.insert(0, %r); import procrun; procrun.become_subreaper = bool; "
-                "sys.exit(procrun.main())" % HERE)
+NO_SUBREAPER = ("import sys; sys.path.insert(0, %r); import procrun; "
+                "procrun.become_subreaper = bool; sys.exit(procrun.main())" % HERE)
 
 
 def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
@@ -3195,7 +3227,7 @@ def test_exit_statuses(tmp_path, when):
         runs = []
         for number, ending in enumerate(ENDINGS):
             app = procfile(folder(tmp_path, number), text % ending)
-            runs.append((app, ending, stack.enter_context(Run(app, "start", "-t", "1", *may_die))))
+            runs.append((app, ending, stack.enter_context(Run(app, "start", "-t", "20", *may_die))))
         for app, ending, run in runs:
             run.expect(ready)
             status = begin(run, app, "INT" if when == "during Ctrl-C" else "crash")
@@ -3527,7 +3559,8 @@ def test_term_is_passed_on(tmp_path, given, expected):
     ("--color never", False, [b"red", b"\033[Kb\033["]),
     ("--color never --pty", False, [b"red", b"\033[Kb\033["]),
     ("--pty", False, [b"\033[31mred\033[m", b"\033[Kb\033["]),
-    ("--color always", True, [b"\033[31mred\033[m", b"\033[Kb"]), ("--pty", True, [b"red", b"\033[Kb"])])
+    ("--color always", True, [b"\033[31mred\033[m", b"\033[Kb"]),
+    ("--pty", True, [b"red", b"\033[Kb"])])
 def test_what_is_taken_out_goes_by_colour_and_terminal(tmp_path, args, terminal, lines):
     app = procfile(tmp_path, "web: printf '\\033[31mred\\033[m\\n\\033[Kb\\033['\n")
     make, options = (Terminal, {}) if terminal else (Run, ALONE)    # NO_COLOR is set there
@@ -3638,7 +3671,7 @@ def test_an_attached_program_gets_every_key_but_one(tmp_path):
 
 
 def test_an_attached_program_has_the_whole_window(tmp_path):
-    app = procfile(tmp_path, "web: trap 'stty size' WINCH; echo up; while :; do sleep 0.02; done\n")
+    app = procfile(tmp_path, "web: trap 'stty size' WINCH; echo up; %s\n" % LOOP)
     with Terminal(app, "start", "--pty", size=(30, 100)) as run:
         run.expect(rb"\| up$")
         run.type(b"attach web\r")
@@ -3651,18 +3684,44 @@ def test_an_attached_program_has_the_whole_window(tmp_path):
         assert run.wait() == 130
 
 
-@pytest.mark.parametrize("way", ["program", "procrun", "TERM", "TSTP"])
+@needs_linux
+def test_what_others_write_meanwhile_is_held_back_and_bounded(tmp_path):
+    """16 MiB of it; beyond that they wait, and nothing is lost."""
+    size = 60000000
+    app = procfile(tmp_path, "web: echo attached; exec cat\nbig: %shead -c %d /dev/zero | tr '\\0' x"
+                             " | fold -w 99; echo 'the end'; exec cat\n" % (UNTIL_GO, size))
+    with Terminal(app, "start", "--attach", "web", "--no-prefix") as run:
+        run.expect(rb"^attached$")
+        app.joinpath("go").touch()
+        writer = run.find(b"fold", b"-w", b"99")
+        eventually(lambda: stalled(writer))
+        assert 16 << 20 <= int(facts(writer, "io")["wchar"]) < 24 << 20
+        assert int(facts(run.pid)["VmHWM"]) < 60000
+        began = time.monotonic()
+        run.type(b"\x1d")
+        count, data = 0, b""
+        while b"the end" not in data:
+            data = data[-9:] + os.read(run.keyboard, 1 << 16)
+            count += data.count(b"x", 9)
+        assert count == size and time.monotonic() - began < 20
+        assert int(facts(run.pid)["VmHWM"]) < 60000
+        run.end("TERM")
+
+
+@pytest.mark.parametrize("way", [
+    "program", "procrun", "TERM", "TSTP", pytest.param("less", marks=needs("less"))])
 def test_the_terminal_is_as_it_was_after(tmp_path, way):
-    app = procfile(tmp_path, "web: exec sh full\n" + TICKS)
+    program = ("less", "full") if way == "less" else ("sleep", "300")
+    app = procfile(tmp_path, "web: exec %s full\n" % ("less" if way == "less" else "sh") + TICKS)
     app.joinpath("full").write_text(FULL_SCREEN)
     shell = "sh", "-c", '"$@"; read x', "sh"    # it leads the session, as a user's does
     with Terminal(app, "start", "--attach", "web", python=(*shell, *compiled())) as run:
-        run.expect(rb"full\Z")
+        run.expect(rb"full\Z" if way != "less" else rb"(?s)\x1b\[\?1049h.*sleep 300")
         assert run.modes() != run.before
         [front] = children(run.pid)
-        web = run.find(b"sleep", b"300")
+        web = run.find(*map(str.encode, program))
         shown = len(run.output)
-        if way == "program":
+        if way in ("program", "less"):
             os.kill(web, signal.SIGKILL)
         else:
             os.kill(front, getattr(signal, "SIG" + way, signal.SIGKILL))
@@ -3957,7 +4016,8 @@ def test_run_without_success(tmp_path, args, status):
     found, out, errors = call(procfile(tmp_path, "web: echo\n"), "run", *args)
     assert (found, out) == (status, b"")
     known = b"; the process types are web" * (len(args) == 1 and status == 127)
-    assert re.fullmatch(rb"procrun: %s: [^\n;]+%s\n" % (re.escape(args[0].encode()), known), errors)
+    assert re.fullmatch(rb"procrun: %s: [^\n;]+%s\n" % (
+        re.escape(args[0].encode()), known), errors)
 
 
 def test_run_needs_no_procfile_and_no_port(tmp_path):
@@ -3973,7 +4033,8 @@ KNOWN = "`nosuch`.* web, worker"
 
 @pytest.mark.parametrize("args, status, message", [
     ("bogus", 2, "bogus"), ("--bogus", 2, ""), ("start --bogus", 2, "--bogus"), ("-f", 2, "-f"),
-    ("check now", 2, "now"), ("version now", 2, "now"), ("run", 2, ""), ("run --", 2, ""), ("run '' x", 2, "run what"),
+    ("check now", 2, "now"), ("version now", 2, "now"), ("run", 2, ""), ("run --", 2, ""),
+    ("run '' x", 2, "run what"),
     ("start nosuch", 2, KNOWN), ("start web nosuch", 2, KNOWN), ("start all", 2, "web, worker"),
     ("start -c nosuch=1", 2, KNOWN), ("start -m nosuch=1", 2, KNOWN),
     ("start --can-die nosuch", 2, KNOWN), ("start -c", 2, "-c"),
@@ -4134,7 +4195,8 @@ def test_procrun_alone_is_enough(tmp_path):
     """One copied file, the standard library alone, nothing written next to it."""
     shutil.copy(PROCRUN, str(tmp_path / "procrun.py"))
     procfile(tmp_path, "web: echo hello\n")
-    status, out, errors = ask(tmp_path, "start", command=(sys.executable, "-I", "-S", "procrun.py"))
+    alone = sys.executable, "-I", "-S", "procrun.py"
+    status, out, errors = ask(tmp_path, "start", command=alone)
     assert (status, errors) == (0, b"")
     assert b"web.1  | hello\n" in out
     assert sorted(os.listdir(str(tmp_path))) == ["Procfile", "procrun.py"]
@@ -4230,9 +4292,10 @@ def ups(run, name, count):
     (b"restart web.1\nrestart web.1", ["web.1"]), (b"\n \nrestart web.1", ["web.1"]),
 ])
 def test_typed_restart(tmp_path, typed, again):
-    """The one that ignores SIGTERM is killed after the grace period."""
-    app = procfile(tmp_path, "web: echo up; %s; :\ndeaf: trap '' TERM; echo up; %s\n" % (
-        "sleep 300", LOOP))
+    """The one that ignores SIGTERM is killed after the grace period; and one that fails when it is
+    asked to end does not end the set."""
+    app = procfile(tmp_path, "web: trap 'exit 1' TERM; echo up; %s\n"
+                             "deaf: trap '' TERM; echo up; %s\n" % (LOOP, LOOP))
     with Terminal(app, "start", "-t", "0.5", "-c", "web=2") as run:
         for name in ("web.1", "web.2", "deaf.1"):
             ups(run, name, 1)
@@ -4248,8 +4311,12 @@ def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
     app = procfile(tmp_path, "a: echo up; exec sleep 300\nb: echo up; exec sleep 301\n")
     with Terminal(app, "start", size=(24, 200)) as run:
         ups(run, "a.1", 1), ups(run, "b.1", 1)
-        run.type(b"nonsense\n")
-        run.expect(rb"system \| .*restart \[NAME \.\.\.\]")
+        for count, word in enumerate([b"help", b"nonsense"], 1):
+            run.type(word + b"\n")
+            eventually(lambda: run.read(0.05) and len(run.lines("system")) > 5 * count)
+            for command in b"restart [NAME ...]", b"stop NAME", b"attach NAME", b"ps", b"help":
+                assert sum(line.startswith(command + b" ")
+                           for line in run.lines("system")) == count
         run.type(b"restart nobody\n")
         run.expect(rb"system \| unknown .*`nobody`; there are ")
         run.type(b"stop a\n")
@@ -4264,11 +4331,15 @@ def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
         assert run.wait() == 0
 
 
-def test_nothing_is_read_from_a_pipe(tmp_path):
-    app = procfile(tmp_path, "a: exit 0\n")
-    both = ("sh", "-c", '"$@"; cat', "sh", *compiled())
-    status, out, _ = ask(app, "start", command=both, input=b"restart a\n")
-    assert status == 0 and out.endswith(b"\nrestart a\n") and out.count(b"started") == 1
+@pytest.mark.parametrize("opening", [":", "exec <typed", "exec </dev/null"])
+def test_no_command_is_read_but_from_a_terminal(tmp_path, opening):
+    """From a pipe, a file, or nothing; and its end ends nothing."""
+    app = procfile(tmp_path, "a: sleep 0.2; exit 7\n")
+    tmp_path.joinpath("typed").write_bytes(b"restart a\n")
+    status, out, _ = ask(app, "start", input=b"restart a\n", command=(
+        "sh", "-c", opening + '; "$@"; echo $?; cat', "sh", *compiled()))
+    assert out.endswith(b"\n7\n" if "null" in opening else b"\n7\nrestart a\n")
+    assert out.count(b"started") == 1
 
 
 def test_keep_going_and_the_restart_of_one_that_failed(tmp_path):
@@ -4308,6 +4379,20 @@ def test_a_shutdown_that_follows_a_restart_at_once(tmp_path):
         assert run.lines("a.1").count(b"saved") == run.lines("a.1").count(b"up")
 
 
+def test_a_restart_during_a_shutdown_is_without_effect(tmp_path):
+    app = procfile(tmp_path, "a: trap 'echo asked; %s; exit' TERM; echo up; %s\n" % (
+        UNTIL % "go", LOOP))
+    with Terminal(app, "start", "-t", "60") as run:
+        ups(run, "a.1", 1)
+        run.signal(signal.SIGTERM)
+        run.expect(rb"\| asked$")
+        run.type(b"restart a\nps\n")
+        run.expect(rb"system \| a\.1  PORT=\d+, pid \d+, running")    # both have been read
+        app.joinpath("go").touch()
+        assert run.wait() == 143
+        assert run.output.count(b"started with pid") == 1
+
+
 def test_the_reader_goes_while_all_are_silent(tmp_path):
     reading, writing = os.pipe()
     with Run(procfile(tmp_path, "a: exec sleep 300\n"), "start", stdout=writing) as run:
@@ -4317,7 +4402,7 @@ def test_the_reader_goes_while_all_are_silent(tmp_path):
         assert run.process.wait(20) == 141
 
 
-# Two parts, which make test runs side by side -----------------------------------------------------
+# Two parts, which make test runs side by side ----------------------------------------------------
 
 
 if os.environ.get("PROCRUN_PART"):
