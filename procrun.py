@@ -1106,23 +1106,27 @@ class Printer:
 
 # Everything above is pure; everything below talks to the kernel.
 
+def write_ready(fd, data, seconds=None):
+    """Write bytes to a file descriptor, as long as it is ready within so many seconds.
+
+    So much at once does not block: PIPE_BUF of POSIX; a terminal promises no more than a byte.
+    """
+    while data and select.select((), (fd,), (), seconds)[1]:
+        data = data[os.write(fd, data[:1 if os.isatty(fd) else 512]):]
+
+
 def print_error(*lines):
     """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
     stalled one none to hang."""
-    text = "".join(f"procrun: {line}\n" for line in lines).encode("utf-8", "backslashreplace")
+    text = "".join(f"procrun: {line}\n" for line in lines)
     with suppress(OSError):
-        while text and select.select((), (2,), (), 0)[1]:
-            # So much does not block: PIPE_BUF of POSIX; a terminal promises no more than a byte.
-            text = text[os.write(2, text[:1 if os.isatty(2) else 512]):]
+        write_ready(2, text.encode("utf-8", "backslashreplace"), 0)
 
 
 def print_out(text):
     """Write text to stdout, and wait while that takes nothing; raises Failure."""
-    data = text.encode("utf-8", "surrogateescape")
     try:
-        while data:
-            select.select((), (1,), ())
-            data = data[os.write(1, data[:512]):]    # PIPE_BUF of POSIX, as above
+        write_ready(1, text.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise Failure(f"cannot write the output: {error.strerror}")
 
