@@ -1278,22 +1278,21 @@ class Child(Source):
         self.text = shell_text(instance.command)
         self.since = time.monotonic()           # when it was forked, or has ended
 
-    def open_pipes(self, capacity):
-        """Make the pipes of its output, of this capacity (bytes), and of its stdin."""
-        self.fd, self.output = os.pipe()
-        self.stdin, self.input = os.pipe()
-        resize_pipe(self.fd, capacity)
-        resize_pipe(self.input, 4096)           # counts towards what the user's pipes may hold
+    def open(self, capacity):
+        """Make its pipes, that of its output of this capacity (bytes); or its PTY, with the modes
+        of the user's terminal, such as the erase character."""
+        if self.terminal:
+            self.fd, self.output = os.openpty()
+            self.stdin, self.input = self.output, os.dup(self.fd)
+            if os.isatty(0):
+                termios.tcsetattr(self.output, termios.TCSANOW, termios.tcgetattr(0))
+        else:
+            self.fd, self.output = os.pipe()
+            self.stdin, self.input = os.pipe()
+            resize_pipe(self.fd, capacity)
+            resize_pipe(self.input, 4096)    # counts towards what the user's pipes may hold
         os.set_blocking(self.fd, False)
         os.set_blocking(self.input, False)
-
-    def open_pty(self):
-        """Make its PTY, with the modes of the user's terminal, such as its erase character."""
-        self.fd, self.output = os.openpty()
-        self.stdin, self.input = self.output, os.dup(self.fd)
-        if os.isatty(0):
-            termios.tcsetattr(self.output, termios.TCSANOW, termios.tcgetattr(0))
-        os.set_blocking(self.fd, False)
 
 
 def how_it_ended(status):
@@ -2317,7 +2316,7 @@ def marked(location, app, mark):
     pattern, found = re.compile(first.encode()), set()
     for folder, _, names in os.walk(location):
         for name in names:
-            path = os.path.join(folder, name)
+            path = f"{folder}/{name}"
             relative = os.path.relpath(path, location)
             if where.fullmatch(relative) and begins_with(path, pattern):
                 found.add(relative)
@@ -2329,7 +2328,7 @@ def in_the_way(location, files, ours, force):
     among `ours`, or a link in place of a folder."""
     real = os.path.realpath(location)
     for file in files:
-        path = os.path.join(location, file.path)
+        path = f"{location}/{file.path}"
         if os.path.isdir(path) and not os.path.islink(path):
             raise Failure(f"{path}: is a directory; move it away")
         if os.path.lexists(path) and file.path not in ours and not force:
@@ -2365,12 +2364,12 @@ def install(location, staging, files, gone):
     try:
         stage(staging, files)
         for number, file in enumerate(files):
-            path = os.path.join(location, file.path)
+            path = f"{location}/{file.path}"
             os.makedirs(os.path.dirname(path), exist_ok=True)
             os.replace(f"{staging}/{number}", path)
             done.append(path)
         for name in gone:
-            path = os.path.join(location, name)
+            path = f"{location}/{name}"
             os.unlink(path)
             done.append(path)
             with suppress(OSError):    # its folder, and those above, as far as they are empty
@@ -2503,14 +2502,10 @@ def open_children(types, instances, terminals):
     colours = {each.name: COLOURS[index % len(COLOURS)] for index, each in enumerate(types)}
     share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
-    children = []
-    for index, each in enumerate(instances):
-        child = Child(index, each, colours[each.type], each in terminals)
-        if child.terminal:
-            child.open_pty()
-        else:
-            child.open_pipes(capacity)
-        children.append(child)
+    children = [Child(index, each, colours[each.type], each in terminals)
+                for index, each in enumerate(instances)]
+    for child in children:
+        child.open(capacity)
     return children
 
 
