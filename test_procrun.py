@@ -3040,8 +3040,8 @@ def test_a_stalled_stderr_hangs_nothing(tmp_path):
 def test_the_guard_is_small_and_no_signal_but_sigkill_ends_it(tmp_path):
     with start(tmp_path, "a: exec sleep 300\n", "-c", "a=10") as run:
         eventually(lambda: run.read(0.1) and sleeping(run, b"300") == len(pids(run)) == 10)
-        memory = facts(guard(run), "smaps_rollup")    # 2.8 MB in CPython 3.11
-        assert int(memory["Private_Clean"]) + int(memory["Private_Dirty"]) < 3072
+        memory = facts(guard(run), "smaps_rollup")    # 2.8 MB on 3.11, more on 3.15
+        assert int(memory["Private_Clean"]) + int(memory["Private_Dirty"]) < 4096
         for number in set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}:
             os.kill(guard(run), number)
         run.end()
