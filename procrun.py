@@ -31,11 +31,12 @@ Exit status of start:
             --keep-going that of the first that failed
     128+N   signal N to procrun began the shutdown
     141     nobody reads the output any more
-    126     a process could not be executed, as its environment is too large, say
-    1       an error, as in the Procfile
+    126     a process could not be executed, for instance because its environment is too large
+    1       an error, for instance in the Procfile
     2       an error of the command line
 
-run has that of the command, 127 if it is not found, or 126 if it cannot be executed.
+The exit status of run is that of the command, 127 if it is not found, or 126 if it cannot be
+executed.
 """
 # How the file is built.  Data travels downwards: text becomes process types, these become
 # instances, these become files for a process manager, or children.  All that only computes stands
@@ -343,12 +344,12 @@ TRAP = b"""trap 'trap "" TERM; wait; exit 143' TERM; """
 
 
 def shell_text(command):
-    """The text (bytes) that /bin/sh -c gets for a command (bytes), under start and exported.
+    """Return the text that /bin/sh -c is given for a command (both bytes), by start and exports.
 
-    A command that is plainly one program takes the shell's place, so that its process id, the
-    signal and the exit status are its own; Debian's sh does not do that by itself.  Anything
-    else, or in doubt, stands behind a trap that makes the shell outlive what it runs: it waits
-    on SIGTERM, and does not go on to the next command.
+    A command that is plainly a single program replaces the shell, so that the process id, the
+    signal and the exit status are its own; Debian's sh does not do that by itself.  Any other
+    command, and any doubtful one, stands behind a trap that makes the shell outlive what it runs:
+    on SIGTERM it waits, and does not go on to the next command.
     """
     program = re.match(rb"(exec[ \t]+)?([A-Za-z0-9_./][A-Za-z0-9_./+-]*)(?=[ \t]|\Z)", command)
     syntax = re.search(rb"[;&|()<>`!\n]|(?<!\$)\{", command)
@@ -476,16 +477,16 @@ CHILDREN = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$p
 
 
 def is_text(text):
-    """Whether any format can hold this str: neither control characters but tab and newline, nor
-    bytes that are not UTF-8 (surrogates), nor noncharacters (Unicode 23.7; systemd refuses them).
+    """Whether every format can hold this str: it has no control characters but tab and newline, no
+    surrogates (bytes that are not UTF-8), no noncharacters (Unicode 23.7; systemd refuses them).
     """
     return (not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef]", text)
             and all(ord(char) & 0xfffe != 0xfffe for char in text))
 
 
 def exportable(what, data):
-    """Return bytes as str; raises Failure, which says `what` it is, if no format can hold them, or
-    no Linux can pass them to a process (execve(2): 128 KiB a string)."""
+    """Return bytes as str.  Raises Failure, which names `what` they are, if a format cannot hold
+    them or Linux cannot pass them to a process (execve(2): 128 KiB a string)."""
     text = data.decode("utf-8", "surrogateescape")
     if not is_text(text) or len(data) >= 127 << 10:
         raise Failure(f"{what} cannot be exported: it has control characters, is not UTF-8, or is "
@@ -494,7 +495,7 @@ def exportable(what, data):
 
 
 def shell_quote(text):
-    """The text as one word of a shell."""
+    """Quote a text as one word for a shell."""
     if re.fullmatch(r"(?a)[\w%+,./:=@-]+", text):
         return text
     return "'" + text.replace("'", "'\\''") + "'"
@@ -506,26 +507,26 @@ def stays(text):
 
 
 def forwarding(text):
-    """Shell text in place of `text` where the manager sends SIGTERM to the leader alone.
+    """Return shell text that runs `text` where the manager sends SIGTERM to the leader alone.
 
-    A shell acts upon a signal at once only while it waits for a background job; that job has
-    SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash takes back and dash does not.
+    A shell reacts to a signal at once only while it waits for a background job; that job starts
+    with SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash can undo and dash cannot.
     """
     return f"{FORWARD}exec /bin/sh -c {shell_quote(text)}) & wait $!" if stays(text) else text
 
 
 def stop_leader(text):
-    """Shell text that sends SIGTERM to $pid, the leader of an instance that runs `text`.
+    """Return shell text that sends SIGTERM to $pid, the leader of an instance that runs `text`.
 
-    A leader that is a shell that stays, and has not been replaced by an exec within the text, only
-    waits for its children: they get SIGTERM, too, or its group where /proc does not tell them.
+    A leader that still is a shell, not replaced by an exec in the text, only waits for its
+    children.  So they get SIGTERM, too; or the whole group, where /proc does not list them.
     """
     return f"{CHILDREN}kill -TERM $pid $others" if stays(text) else "kill -TERM $pid"
 
 
 def shell_variables(plan, job):
-    """Shell text that sets an instance's environment; HOME, USER and LOGNAME are the user's unless
-    the app has its own.  It is the shell that looks for ~USER, where and when the app starts."""
+    """Return shell text that sets an instance's environment, with HOME, USER and LOGNAME of the
+    user, unless the app sets them.  The shell expands ~USER where and when the app is started."""
     user = plan.user
     lines = [f"HOME=~{user} USER={user} LOGNAME={user}; export HOME USER LOGNAME"]
     lines += [f"export {name}={shell_quote(value)}" for name, value in job.variables.items()]
@@ -533,15 +534,15 @@ def shell_variables(plan, job):
 
 
 def upstart_word(text):
-    """The text as one word of a stanza, where a backslash escapes between single quotes, too."""
+    """Quote a text as one word of a stanza; a backslash escapes even between single quotes."""
     return "'" + text.replace("\\", "\\\\").replace("'", "'\"'\"'") + "'"
 
 
 def export_upstart(plan, jobs):
     """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
 
-    Its parser alters what stands in `exec` and `env` lines, and carries a script as it is, but for
-    a line `end script`; and a script of more lines than one is passed by a pipe, not in argv.
+    Its parser alters `exec` and `env` lines, but keeps a script as it is, except for a line
+    `end script`; and it passes a script of several lines through a pipe, not in argv.
     """
     for job in jobs:
         output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
@@ -576,12 +577,12 @@ SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$p
 
 
 def systemd_word(text):
-    """The text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
+    """Quote a text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
     return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
 
 
 def systemd_service(plan, job):
-    """The unit of an instance, as text."""
+    """Return the text of an instance's unit."""
     user = "" if plan.user_units else f"User={plan.user}\n"
     log = f"StandardOutput=append:{job.log}\nStandardError=inherit\n" if job.log else ""
     return f"""# {plan.mark}
@@ -607,15 +608,15 @@ SyslogIdentifier={job.id}
 
 
 def systemd_target(plan, name, wants, more):
-    """The target `name` that wants units: the app itself, or a process type of it."""
+    """Return the target `name`, of the app or of a process type, which wants other units."""
     return File(f"{name}.target", 0o644, f"# {plan.mark}\n[Unit]\nDescription={name}\n"
                                          f"Wants={' '.join(wants)}\n{more}\n")
 
 
 def export_systemd(plan, jobs):
-    """A service for each instance, a target for each process type, one for the app, and one
-    environment file (systemd.exec(5) has its quoting): Environment= would show its values on the
-    bus; PORT and PS are no secrets.  By After=, a target has stopped when its units have."""
+    """A service for each instance, a target for each process type, a target for the app, and an
+    environment file (for its quoting see systemd.exec(5)), because Environment= shows its values
+    on the bus.  After= makes a target stop only when its units have stopped."""
     lines = [f"# {plan.mark}\n"]
     for name, value in plan.variables.items():
         lines.append('%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value)))
@@ -652,22 +653,22 @@ SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
 
 
 def supervisor_word(text):
-    """The text as one word of a supervisord command: shlex's quoting, % doubled, and no blank
-    before ; or #, where the rest of the line would be taken for a comment."""
+    """Quote a text as one word of a supervisord command: as shlex does, with % doubled, and with
+    no blank before ; or #, which would begin a comment."""
     text = "'%s'" % text.replace("'", "'\"'\"'").replace("%", "%%")
     return re.sub(r"(\s)(?=[;#])", r"\1''", text)
 
 
 def printf_word(text):
-    r"""The text as bytes: \0ooo, which `printf %b` turns back, for each but the plainest."""
+    r"""Return the text as bytes, with \0ooo for all but plain ones; `printf %b` decodes it."""
     return re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]), text.encode())
 
 
 def export_supervisord(plan, jobs):
     """A program for each instance, and a group; see supervisord.org, "Configuration File".
 
-    It restarts without a pause, or after ever longer ones and not for ever: the shell pauses.
-    `environment` can hold neither newlines nor every quote: one variable has all, escaped.
+    It can restart without a pause, or with growing pauses and only so often; so the shell pauses.
+    `environment` cannot hold newlines and some quotes; so one variable holds all, escaped.
     """
     text = f"; {plan.mark}\n"
     for job in jobs:
@@ -694,7 +695,7 @@ redirect_stderr=true
 
 
 def runit_stop_files(plan, job):
-    """The scripts for a stop: control/t sees to the leader, and finish to the rest."""
+    """The scripts for a stop: control/t ends the leader, finish ends what it has left."""
     yield File(f"{job.id}/control/t", 0o755, f"""#!/bin/sh
 # {plan.mark}
 # First the leader.
@@ -727,9 +728,9 @@ rm -f supervise/group
 def export_runit(plan, jobs):
     """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).
 
-    chpst's own environment files lose trailing blanks.  So root opens a file of its own, and the
-    user's shell reads it: no variable, such as PATH or LD_PRELOAD, is in force for root.  The file
-    `run` comes last, as runsvdir starts what has one.
+    chpst's environment files lose trailing blanks.  So root opens one file and the user's shell
+    reads it; thus no variable, such as PATH or LD_PRELOAD, takes effect for root.  The file `run`
+    comes last, because runsvdir starts a service as soon as it has one.
     """
     for job in jobs:
         yield File(f"{job.id}/environment", 0o600, f"# {plan.mark}\n{shell_variables(plan, job)}")
@@ -751,12 +752,12 @@ exec chpst -P -u {plan.user} /bin/sh -c {word}
 
 
 def kubernetes_word(text):
-    """The text as an element of `command`: $(NAME) is expanded there, and $$ becomes $."""
+    """Escape a text for `command`, where $(NAME) is expanded and $$ becomes $."""
     return re.sub("\\$+(?=[(\x80-\U0010ffff])|\\$\\$+", lambda match: match[0] * 2, text)
 
 
 def kubernetes_name(name):
-    """The name of a process type as a label has it."""
+    """Return the name of a process type in the form of a label."""
     return name.lower().replace("_", "-")
 
 
@@ -809,7 +810,8 @@ KUBERNETES_SERVICE = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Service",
 def export_kubernetes(plan, jobs):
     """A Secret; and a List of a Deployment for each process type, and a Service for web.
 
-    It is given one instance of each type.  Another digest of the environment rolls the pods."""
+    It is given one instance of each type.  A changed environment changes the digest, so that the
+    pods are replaced."""
     import base64
     import hashlib
     import json
@@ -851,7 +853,7 @@ FORMATS = {
 
 
 def kubernetes_problem(plan):
-    """What Kubernetes alone cannot take, or None."""
+    """Return what Kubernetes cannot take of a plan, or None."""
     if not re.fullmatch(r"(?a)\w[\w.:/@-]*", plan.image or ""):
         return "kubernetes needs --image IMAGE, such as registry.example/app:1"
     if plan.log:
@@ -872,7 +874,7 @@ def kubernetes_problem(plan):
 
 
 def plan_problem(plan):
-    """What no format, or not this one, can take of the plan; None if all is well."""
+    """Return what the formats, or this one, cannot take of the plan, or None."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
         return f"the app cannot be named {plan.app!r}; use letters, digits, _ . - with -a"
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
@@ -891,7 +893,7 @@ def plan_problem(plan):
 
 
 def export_files(plan, instances):
-    """Return the list of File of an export; raises Failure if something cannot be exported."""
+    """Return the files of an export; raises Failure if something cannot be exported."""
     problem, jobs = plan_problem(plan), []
     for each in instances:
         if each.dashed in plan.counts:
@@ -943,7 +945,7 @@ CONTROLS = bytes({*range(32), 127} - {9, 10})    # but tab and newline
 
 
 def harmless(data):
-    """Whether TERMINAL would keep all of these bytes as they are; quick, where it is so."""
+    """Whether TERMINAL would keep all of these bytes; a quick test for what is ordinary text."""
     if any(map(data.__contains__, CONTROLS)):
         return False
     try:
@@ -971,7 +973,7 @@ class Source:
         self.tail = bytearray()                  # of the unfinished line, what is not shown yet
 
     def begin_line(self):
-        """Go to the next line.  Colours hold there, unless the last of them ended another one."""
+        """Begin a new line.  Colours go on there, unless the last sequence ended one."""
         self.column = 0
         if re.search(r"\[(2[2-9]|[3-5]9)m\Z", self.sgr):
             self.sgr = ""
@@ -993,7 +995,7 @@ class Printer:
         self.open = None        # the source whose unfinished line stands at the end of the output
 
     def prefix(self, source):
-        """The bytes in front of each line of the source, as of now."""
+        """Return the present prefix of a source."""
         style, now = self.style, int(self.clock())
         if source.second != now and style.label:
             stamp = time.strftime("%H:%M:%S ", time.localtime(now)) if style.stamp else ""
@@ -1003,13 +1005,13 @@ class Printer:
         return source.prefix
 
     def line_end(self):
-        """What ends the unfinished line at the end of the output, if there is one."""
+        """Return what ends the unfinished line at the end of the output, if there is one."""
         if not self.open:
             return b""
         return b"\x1b[0m\n" if self.open.sgr else b"\n"
 
     def lead(self, source):
-        """What has to come before the next byte of the source's present line."""
+        """Return what has to be written before the source can go on with its line."""
         if self.open is source:
             return b""
         source.begin_line()
@@ -1018,8 +1020,8 @@ class Printer:
     def feed(self, source, data):
         """Take bytes of a source: its whole lines are queued, the rest is kept.
 
-        This is the hot path.  It handles chunks, not lines: one replace() puts all prefixes in,
-        and the end that it put one too many on is cut off by a view, not by a copy.
+        This is the hot path.  It handles chunks, not lines: one replace() inserts all prefixes;
+        the superfluous one at the end is cut off by a view, not by a copy.
         """
         end = data.rfind(b"\n") + 1
         if end:
@@ -1048,7 +1050,7 @@ class Printer:
             self.open = source
 
     def filtered(self, source, data):
-        """What the output gets of a source's bytes; most of them pass the filter as they are."""
+        """Return what the filter makes of a source's bytes; ordinary text stays as it is."""
         if source.crlf:
             data = data.replace(b"\r\n", b"\n")
             if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
@@ -1062,7 +1064,7 @@ class Printer:
         return text.encode(*UTF8)
 
     def answer(self, source, match):
-        """What the output gets in place of a match of the filter."""
+        """Return the replacement for a match of the filter."""
         kind, found = match.lastgroup, match[0]
         if kind == "text":
             source.column += len(found)
@@ -1092,14 +1094,14 @@ class Printer:
         return found
 
     def finish(self, source):
-        """End the line of a source that will write no more, or only when it is started again."""
+        """End the line of a source that has ended."""
         self.show(source)
         if source.tail or self.open is source:
             self.feed(source, b"\n")
         source.sgr = ""
 
     def close_line(self):
-        """End the unfinished line, for the shell that comes to the front."""
+        """End the unfinished line, so that a shell's prompt stands on a line of its own."""
         self.queue.append(self.line_end())
         self.open = None
 
@@ -1158,7 +1160,7 @@ def read_some(fd, most=LITTLE):
 
 
 def resize_pipe(fd, capacity):
-    """Give a pipe this capacity (bytes), if this is Linux, and within the user's share."""
+    """Give a pipe this capacity (bytes) if the system can and the user may."""
     with suppress(OSError):
         fcntl.fcntl(fd, getattr(fcntl, "F_SETPIPE_SZ", 1031), capacity)
 
@@ -1173,11 +1175,11 @@ STANDARD = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
 
 
 def no_action(*_):
-    """A signal handler: the signal's byte in the wake-up pipe says it all."""
+    """A signal handler that does nothing: the byte in the wake-up pipe is enough."""
 
 
 def handle(numbers, handler):
-    """Set the handler of signals; but under nohup a SIGHUP that is ignored stays so."""
+    """Set the handler of signals, except for a SIGHUP that is ignored (nohup)."""
     for number in numbers:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -1195,7 +1197,7 @@ def catch_signals(numbers, blocked=()):
 
 
 def signal_name(number):
-    """SIGTERM for 15; a number for real-time signals."""
+    """Return a signal's name, such as SIGTERM; real-time signals have only a number."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -1203,9 +1205,9 @@ def signal_name(number):
 
 
 def send_signal(target, number):
-    """Send a signal to a process, or to the group whose id is -target, as kill(2) does; return
-    whether that was there.  It may be gone, or another user's by now (sudo); and of a group of
-    zombies macOS says EPERM."""
+    """Send a signal to a process, or to the group -target, as kill(2) does; return whether it was
+    sent.  The target may be gone, or be another user's (sudo); and for a group of zombies macOS
+    says EPERM."""
     try:
         os.kill(target, number)
     except (ProcessLookupError, PermissionError):
@@ -1214,21 +1216,20 @@ def send_signal(target, number):
 
 
 def dispatch(selector, timeout=0):
-    """Call what a selector keeps for each file descriptor that is ready."""
+    """Call the function that a selector holds for each file descriptor that is ready."""
     for key, _ in selector.select(timeout):
         key.data()
 
 
 class Loop:
-    """What procrun's two processes have in common: timers, and the lines that they send each
-    other."""
+    """What the front and the guard have in common: timers, and reading each other's lines."""
 
     def __init__(self):
         self.timers = {}    # function -> when to call it, once (monotonic seconds)
         self.line = b""     # what has arrived of an unfinished line
 
     def turn(self, selector):
-        """Wait until something is ready or due, and call what is kept for it."""
+        """Wait until something is ready or due, and call the function for it."""
         timeout = None
         if self.timers:
             timeout = max(0, min(self.timers.values()) - time.monotonic())
@@ -1239,7 +1240,7 @@ class Loop:
                 function()
 
     def after(self, seconds, function):
-        """Call a function in so many seconds, and not when it was to be called before."""
+        """Have a function called in so many seconds, instead of when it was due before."""
         self.timers[function] = time.monotonic() + seconds
 
     def receive(self, fd):
@@ -1259,7 +1260,7 @@ class Loop:
 # Child: one instance, forked ---------------------------------------------------------------------
 
 class Child(Source):
-    """One instance, and what is known of it.  The front and the guard have a copy each.
+    """One instance and its state; the front and the guard have a copy each.
 
     Its output goes through a pipe, and it reads another one; or both are a PTY.
     """
@@ -1279,8 +1280,8 @@ class Child(Source):
         self.since = time.monotonic()           # when it was forked, or has ended
 
     def open(self, capacity):
-        """Make its pipes, that of its output of this capacity (bytes); or its PTY, with the modes
-        of the user's terminal, such as the erase character."""
+        """Open its pipes, the output's with this capacity (bytes); or its PTY, with the modes of
+        the user's terminal, such as the erase character."""
         if self.terminal:
             self.fd, self.output = os.openpty()
             self.stdin, self.input = self.output, os.dup(self.fd)
@@ -1296,7 +1297,7 @@ class Child(Source):
 
 
 def how_it_ended(status):
-    """An exit status in words; -N is signal N, as in subprocess."""
+    """Describe an exit status; -N means signal N, as in subprocess."""
     if status >= 0:
         return f"exited with code {status}"
     return f"terminated by {signal_name(-status)}"
@@ -1310,14 +1311,15 @@ whose output is dropped."""
 
 
 def child_environment(variables):
-    """The environment of this process with these variables (bytes to bytes) of .env over it."""
+    """Return the environment of this process, overlaid by the variables of .env."""
     inherited = {name: value for name, value in os.environb.items() if name}
     # Python's prints appear at once.
     return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
 
 
 def exec_child(options, child):
-    """The forked side of a child; never returns.  What fails is the last line of its output."""
+    """Become the child's command, in the forked process.  Never returns; if it fails, it writes
+    the reason to the child's output."""
     try:
         signal.set_wakeup_fd(-1)    # the guard's, whose number may be stdout's below
         os.setsid()
@@ -1339,7 +1341,7 @@ def exec_child(options, child):
 # Guard: decides, and outlives nobody -------------------------------------------------------------
 
 def become_subreaper():
-    """Have orphaned descendants become our children (Linux); return whether that is so."""
+    """Adopt orphaned descendants from now on (Linux); return whether that works."""
     try:
         import ctypes
         return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0    # PR_SET_CHILD_SUBREAPER
@@ -1348,8 +1350,8 @@ def become_subreaper():
 
 
 def children_of(pid):
-    """The process ids of a process's children, a list: those of all its threads (proc(5)).  An
-    empty one if it is gone, or where the system does not tell."""
+    """Return the process ids of the children of all of a process's threads (proc(5)), as a list:
+    an empty one if it is gone, or where the system does not tell."""
     found = []
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
@@ -1359,7 +1361,7 @@ def children_of(pid):
 
 
 def group_of(pid):
-    """The group of a process, None if that is gone."""
+    """Return the group of a process, or None if the process is gone."""
     try:
         return os.getpgid(pid)
     except ProcessLookupError:
@@ -1367,10 +1369,10 @@ def group_of(pid):
 
 
 def groups_below(pids):
-    """{group: process ids} of these processes and all their descendants.
+    """Return {group: process ids} of these processes and all their descendants.
 
-    Any of them may end meanwhile, and its id be given to another process; but not within the
-    microseconds between looking and signalling, as the kernel gives out all other ids before.
+    Any of them may end meanwhile.  But its id is not given to another process within the
+    microseconds until it is signalled, because the kernel gives out all other ids first.
     """
     groups, pids = {}, list(pids)
     for pid in pids:
@@ -1382,7 +1384,7 @@ def groups_below(pids):
 
 
 def read_proc(pid, name):
-    """A file of a process in /proc, as bytes; none if it is gone, or where there is no /proc."""
+    """Return a file of a process in /proc, as bytes; empty if there is none."""
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
             return file.read()
@@ -1391,13 +1393,13 @@ def read_proc(pid, name):
 
 
 def process_name(pid):
-    """A process in words: its id and, where the system tells it, its command's name."""
+    """Describe a process: its id and, if known, the name of its command."""
     name = printable(read_proc(pid, "comm").strip())
     return f"process {pid} ({name})" if name else f"process {pid}"
 
 
 def list_names(names):
-    """Names as one text; of many, the first ones."""
+    """Join names; of many, only the first ones."""
     names = list(names)
     if len(names) > MOST_NAMES:
         names[MOST_NAMES:] = [f"and {len(names) - MOST_NAMES} more"]
@@ -1405,7 +1407,7 @@ def list_names(names):
 
 
 def is_shell(pid):
-    """Whether a process still is the shell: an `exec` in the command may have replaced it."""
+    """Whether a process still is the shell, which an `exec` in the command may have replaced."""
     try:
         return os.path.samefile(f"/proc/{pid}/exe", "/bin/sh")
     except OSError:
@@ -1474,8 +1476,9 @@ class Guard(Loop):
         return pid, order, report
 
     def run(self, orders):
-        """The forked side.  A session of its own, with all signals blocked but SIGCHLD: neither
-        Ctrl-C nor a closed terminal reaches it.  It holds nothing that anybody waits for."""
+        """Be the guard, in the forked process.  It has a session of its own and blocks all signals
+        but SIGCHLD, so neither Ctrl-C nor a closed terminal reaches it; and it keeps nothing open
+        whose end somebody might wait for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports}
@@ -1497,7 +1500,7 @@ class Guard(Loop):
         self.report(f"exit {self.status}")
 
     def report(self, line):
-        """Write a line to the front, which may be gone."""
+        """Send a line to the front, which may be gone."""
         with suppress(BrokenPipeError):
             os.write(self.reports, line.encode() + b"\n")
 
@@ -1508,8 +1511,8 @@ class Guard(Loop):
     # -- orders
 
     def on_orders(self, fd, selector):
-        """Obey; and if the front is gone, end the set as a closed terminal would."""
-        self.reap()    # what has ended is not to be signalled, nor told as killed
+        """Obey orders; if the front is gone, end the set as if the terminal had been closed."""
+        self.reap()    # so that what has ended is not signalled
         if not self.receive(fd):
             selector.unregister(fd)
             if self.raw:
@@ -1517,12 +1520,12 @@ class Guard(Loop):
             self.on_signal(signal.SIGHUP)
 
     def on_raw(self, raw):
-        """Whether the front has put the user's terminal into raw mode."""
+        """The front has put the user's terminal into raw mode, or back."""
         self.raw = raw
 
     def on_signal(self, number):
-        """A signal that procrun got.  Two within 0.4 s are one request: the terminal and npm both
-        deliver Ctrl-C; a later one kills at once."""
+        """Act upon a signal that procrun got.  Two within 0.4 s are one request, because the
+        terminal and npm both deliver Ctrl-C; a later one kills at once."""
         if number not in ENDING:
             self.pass_on(number)
         elif self.status is None:
@@ -1534,7 +1537,7 @@ class Guard(Loop):
             self.advance(self.ending)
 
     def pass_on(self, number):
-        """Signal all groups; between SIGSTOP and SIGCONT no child is forked."""
+        """Send a signal to all groups; after SIGSTOP, no child is forked until SIGCONT."""
         for group in self.alive():
             self.signal(group, number)
         if number == signal.SIGSTOP:
@@ -1545,7 +1548,7 @@ class Guard(Loop):
             self.after(0, self.spawn)
 
     def on_stop(self, index, then="stop"):
-        """End an instance; that does not end the set."""
+        """End an instance without ending the set."""
         child = self.children[index]
         if self.status is not None:
             return
@@ -1560,18 +1563,18 @@ class Guard(Loop):
             self.advance(self.stop(partial(self.alive, groups)))
 
     def on_restart(self, index):
-        """End an instance and fork it anew; or fork it, if it has ended."""
+        """End an instance and start it again; or start it, if it has ended."""
         self.on_stop(index, "restart")
 
     # -- children
 
     def start(self, child):
-        """Have a child forked."""
+        """Queue a child to be forked."""
         self.waiting.append(child)
         self.after(0, self.spawn)
 
     def spawn(self):
-        """Fork the next child; for the others, look first what has happened meanwhile."""
+        """Fork the next child; the others follow after a look at what has happened meanwhile."""
         if self.stopped or not self.waiting:
             return
         self.after(0, self.spawn)
@@ -1591,7 +1594,7 @@ class Guard(Loop):
         self.report(f"started {child.index} {pid}")
 
     def reap(self):
-        """Look at each dead child, and only then reap it: until then its id is its own."""
+        """Act upon each dead child, and only then reap it: until then its id is not reused."""
         read_some(self.signals)
         nothing_left = False
         try:
@@ -1621,7 +1624,7 @@ class Guard(Loop):
             self.after(0.05, self.reap)    # nothing tells when those end
 
     def on_leader_ended(self, child, status):
-        """Tell it; it may end the set."""
+        """Report the end of a leader, and decide whether it ends the set."""
         self.report(f"ended {child.index} {status}")
         self.terminated.discard(child.pid)    # what it leaves is to get a SIGTERM of its own
         child.pid = None
@@ -1641,7 +1644,7 @@ class Guard(Loop):
     # -- the end
 
     def on_end(self, status):
-        """Begin the end of the set, if it has not begun; the status is procrun's."""
+        """Begin to end the set, unless that has begun; `status` becomes procrun's exit status."""
         if self.status is not None:
             return
         self.status, self.since = status, time.monotonic()
@@ -1653,8 +1656,8 @@ class Guard(Loop):
         self.advance(self.ending)
 
     def stop(self, groups):
-        """How groups end: a generator of steps, which yields the seconds until the next one.
-        `groups` is a function that returns those that are left, as alive() does."""
+        """End groups, as a generator of steps that yields the seconds until the next one; `groups`
+        is a function that returns those that are left, such as alive()."""
         grace, patience = self.options.grace, min(self.options.grace, self.options.patience)
         if grace:
             self.terminate(groups())
@@ -1667,7 +1670,7 @@ class Guard(Loop):
         yield from self.kill(groups)
 
     def kill(self, groups):
-        """The last steps: SIGKILL, as long as anything ends by it; then give up."""
+        """The last steps: send SIGKILL as long as something ends by it, then give up."""
         self.killing = self.status is not None
         self.progress, left = True, groups()
         if left:
@@ -1682,8 +1685,8 @@ class Guard(Loop):
             self.say(f"cannot end {self.names(left)}")
 
     def advance(self, steps):
-        """Take the next step, unless the end of the set has taken their place; after the last one
-        of that, it is over."""
+        """Take the next step; once the whole set is being ended, only of that.  After its last
+        step the guard is done."""
         if self.ending in (None, steps):
             wait = next(steps, None)
             if wait is not None:
@@ -1694,15 +1697,15 @@ class Guard(Loop):
     # -- groups: {group: process ids of members}
 
     def alive(self, among=None):
-        """The groups of all that is left, or those of them that are among some."""
+        """Return the groups that are left, all or those that are `among` some."""
         groups = {group: [group] for group in self.running}
         if self.adopts:
             groups.update(groups_below(children_of(os.getpid())))
         return {group: groups[group] for group in groups if among is None or group in among}
 
     def pursue(self):
-        """See to what leaders that end have left behind; at the end of the set, to all that is not
-        a leader's."""
+        """End what leaders have left in their groups; when the set ends, also what has left
+        them."""
         leaders = {group for group, child in self.running.items() if child.pid}
         left = {group: [] for group in self.running if group not in leaders}
         if self.adopts and (left or self.status is not None):
@@ -1714,18 +1717,18 @@ class Guard(Loop):
                 self.terminate({group: pids})
 
     def names(self, groups):
-        """What a user knows groups by, as one text."""
+        """Return what a user knows groups by, as one text."""
         return list_names(self.running[group].name if group in self.running
                           else process_name(pids[0]) for group, pids in groups.items())
 
     def signal(self, group, number):
-        """Signal a group; between fork and setsid there is none yet, but the leader."""
+        """Send a signal to a group, or to its leader if that has not called setsid() yet."""
         if not send_signal(-group, number):
             send_signal(group, number)
 
     def terminate(self, groups):
-        """SIGTERM, once, to the leaders of groups, and to groups without one.  A program tells its
-        workers itself; what it leaves is seen to when it has ended."""
+        """Send SIGTERM, once, to the leaders of groups, and to whole groups without a leader.  A
+        program tells its workers itself; what it leaves gets SIGTERM when it has ended."""
         for group in set(groups) - self.terminated:
             self.terminated.add(group)
             child = self.running.get(group)
@@ -1738,7 +1741,7 @@ class Guard(Loop):
             self.signal(group, signal.SIGCONT)    # or a stopped one would not see it
 
     def terminate_leader(self, child):
-        """SIGTERM to a leader, and if it is a shell that waits, to what this runs."""
+        """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs."""
         leader, runs = child.pid, []
         if child.text.startswith(TRAP) and is_shell(leader):
             if not self.adopts:
@@ -1750,10 +1753,10 @@ class Guard(Loop):
             self.send_sigterm(pid, [pid])
 
     def send_sigterm(self, target, pids):
-        """SIGTERM to a process or a group, as send_signal() has it, that consists of these.
+        """Send SIGTERM to a process or group (see send_signal()) that consists of `pids`.
 
-        A shell's fork that is about to become a program still has our trap: dash would note the
-        signal, and then forget it.  What may be such a fork is given time to get on.
+        A shell's fork still has our trap until it has become a program: dash would note the
+        signal and then forget it.  So whatever may be such a fork is given some time.
         """
         if any(TRAP in read_proc(pid, "cmdline") for pid in pids):
             self.after(SETTLING, partial(send_signal, target, signal.SIGTERM))
@@ -1764,8 +1767,8 @@ class Guard(Loop):
 # Front: shows ------------------------------------------------------------------------------------
 
 def own_description(fd, flags):
-    """Open anew what an fd is open for, non-blocking: the given file description is shared with
-    others.  Raises OSError, for instance if the terminal is another user's (su)."""
+    """Open what an fd refers to once more, non-blocking, because others share the given file
+    description.  Raises OSError, for instance if the terminal is another user's (su)."""
     path = os.ttyname(fd) if os.isatty(fd) else f"/proc/self/fd/{fd}"
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
@@ -1790,8 +1793,8 @@ class Sink:
             self.most = 1 if os.isatty(fd) else 512
 
     def write(self, queue):
-        """Write buffers from the front of the queue, and take them out of it, while that goes;
-        return whether anything was written.  Raises OSError."""
+        """Write as much of the queue (a list of buffers) as the stream takes, and remove that from
+        the queue; return whether anything was written.  Raises OSError."""
         moved = self.full = False
         try:
             while queue:
@@ -1828,9 +1831,9 @@ class Terminal:
             self.path, self.fd = os.devnull, 0
 
     def is_ours(self):
-        """Whether to read it: not in the background, where that would stop procrun, nor while
-        another program, such as a pager that reads procrun's output, has put it into raw mode.
-        False as well if it is gone."""
+        """Whether procrun may read it: not in the background, where reading stops procrun, nor
+        while another program, such as a pager in the same pipeline, has put it into raw mode, nor
+        if it is gone."""
         try:
             return (os.tcgetpgrp(0) == os.getpgrp()
                     and (self.raw or termios.tcgetattr(0)[3] & termios.ICANON))
@@ -1838,8 +1841,8 @@ class Terminal:
             return False
 
     def restore(self):
-        """Restore its modes and screen when the front was killed, from the guard's session; unless
-        it is gone, or another user's."""
+        """Restore its modes and screen from the guard, when the front was killed; unless it is
+        gone or another user's."""
         with suppress(OSError, termios.error):
             fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
             termios.tcsetattr(fd, termios.TCSANOW, self.modes)
@@ -1897,7 +1900,7 @@ class Front(Loop):
         self.always, self.busy, self.stalled = [DefaultSelector() for _ in range(3)]
 
     def run(self):
-        """Run the set; return the exit status."""
+        """Run the set and return the exit status."""
         self.signals = catch_signals(CAUGHT)
         self.reap()    # what has ended before anybody could tell
         for child in self.children:
@@ -1921,7 +1924,7 @@ class Front(Loop):
         return self.status or self.lost
 
     def watch_all(self):
-        """Begin to watch what is there from the start; children follow when they are started."""
+        """Watch all but the children, which follow when they are started."""
         for selector in (self.busy, self.stalled):
             selector.register(self.always, EVENT_READ, partial(dispatch, self.always))
         self.always.register(self.signals, EVENT_READ, self.on_signals)
@@ -1945,7 +1948,7 @@ class Front(Loop):
         self.printer.feed(source or self.system, text.encode() + b"\n")
 
     def flush(self):
-        """Write what is queued, as far as stdout takes it."""
+        """Write what is queued, as much as stdout takes."""
         try:
             moved = self.sink.write(self.queue)
             if moved and self.reports is None and self.on_limit in self.timers:
@@ -1954,7 +1957,7 @@ class Front(Loop):
             self.on_lost(error)
 
     def on_lost(self, error):
-        """Output is lost, because nobody reads any more, or for a worse reason."""
+        """End the set because the output cannot be written."""
         self.queue.clear()
         if self.lost:
             return
@@ -1967,7 +1970,7 @@ class Front(Loop):
         self.order("end", self.lost)
 
     def show(self, child, data):
-        """Pass on what an instance has written: behind its prefix, or as it is if attached."""
+        """Show what an instance has written: behind its prefix, or as it is if attached."""
         if child is self.attached:
             self.queue.append(data)
             self.in_line = not data.endswith(b"\n")
@@ -1985,7 +1988,7 @@ class Front(Loop):
                 self.waiting.append(child)
 
     def show_line(self, child):
-        """Show an unfinished line that has waited for long enough, unless its end can be read."""
+        """Show a line that has been unfinished for a while, unless its end can be read now."""
         tail = child.tail
         if self.sink.full or child.fd not in self.busy.get_map():    # it may only not be read yet
             return self.after(QUIET, child.show_line)
@@ -1995,7 +1998,7 @@ class Front(Loop):
             self.printer.show(child)
 
     def read(self, child, most):
-        """Show what an instance has written, `most` bytes of it; return how many there were."""
+        """Read and show at most so many bytes of an instance; return how many there were."""
         data = read_some(child.fd, most)
         if data and not self.lost:
             self.show(child, data)
@@ -2004,11 +2007,11 @@ class Front(Loop):
         return len(data or b"")
 
     def on_output(self, child):
-        """An instance has written.  Each that has is read once, even if stdout is full by then."""
+        """Read an instance once; each that has written gets its turn, even if stdout is full."""
         child.read_size = CHUNK if self.read(child, child.read_size) >= LITTLE else LITTLE
 
     def drain(self, child):
-        """Show what its pipe holds now; others may hold it, too, and go on writing, so this is
+        """Show what an instance's pipe holds now.  Others may go on writing to it, so this is
         bounded by what a pipe can hold."""
         room = size = CHUNK
         while room > 0 and size:
@@ -2025,10 +2028,10 @@ class Front(Loop):
             self.set_limit(self.options.grace + 1)
 
     def on_progress(self):
-        """Something has ended."""
+        """The guard is alive, and something has ended."""
 
     def on_started(self, index, pid):
-        """An instance was forked; now its output may be read."""
+        """An instance was started; from now on its output is read."""
         child = self.children[index]
         child.pid, child.since = pid, time.monotonic()
         self.say(f"started with pid {pid}, PORT={child.instance.port}", child)
@@ -2038,12 +2041,12 @@ class Front(Loop):
             self.attach(child)
 
     def watch_output(self, child):
-        """Read its output, if that is not so yet."""
+        """Watch an instance's output, unless it is watched already."""
         if child.fd not in self.busy.get_map():
             self.busy.register(child.fd, EVENT_READ, partial(self.on_output, child))
 
     def on_ended(self, index, status):
-        """A leader has ended: first what it has written last, then the word on its end."""
+        """A leader has ended: show what it has written last, then how it ended."""
         child = self.children[index]
         self.drain(child)
         if child is self.attached:
@@ -2053,7 +2056,7 @@ class Front(Loop):
         self.say(child.ended, child)
 
     def on_failed(self, index):
-        """An instance has ended the set: from now on, only what others write is of interest."""
+        """An instance has failed, which ends the set; note what others write from now on."""
         self.failed = self.children[index]
         for child in self.children:
             if child is not self.failed:
@@ -2068,14 +2071,14 @@ class Front(Loop):
             self.end_line(self.failed)
 
     def end_line(self, child):
-        """It will not finish its line."""
+        """End an instance's unfinished line."""
         self.timers.pop(child.show_line, None)
         self.printer.finish(child)
 
     def on_stopped(self):
-        """After Ctrl-Z the guard has stopped all; now procrun stops, unless it was continued
-        meanwhile.  (Sessions of their own hide the children from the terminal's SIGTSTP, and
-        theirs would be ignored, as their groups are orphaned.)"""
+        """After Ctrl-Z the guard has stopped all; stop procrun too, unless it was continued
+        meanwhile.  (The terminal's SIGTSTP does not reach the children in their own sessions, and
+        they would ignore one, because their groups are orphaned.)"""
         if self.pausing:
             self.printer.close_line()
             self.set_raw(False)
@@ -2085,11 +2088,11 @@ class Front(Loop):
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def on_exit(self, status):
-        """The last report."""
+        """Note the exit status, which is the last report."""
         self.status = status
 
     def on_guard_gone(self):
-        """The guard has ended, and so has the set; or it was killed, which ends the set."""
+        """The guard has ended, and with it the set; or it was killed, which ends the set."""
         self.always.unregister(self.reports)
         self.reports = None
         if self.status is None:
@@ -2124,7 +2127,7 @@ class Front(Loop):
         self.after(max(seconds, LAST), self.on_limit)
 
     def on_limit(self):
-        """The time is over."""
+        """Give up waiting."""
         if self.reports is None:
             size = sum(map(len, self.queue))
             print_error(f"standard output takes nothing; the last {size} bytes of output are lost")
@@ -2155,8 +2158,8 @@ class Front(Loop):
                 self.reap()
 
     def on_ending_signal(self, number):
-        """The guard decides what it means; when it has ended, only stdout is waited for, and a
-        second signal ends that."""
+        """Pass an ending signal on to the guard.  When the guard has ended, only stdout is waited
+        for, and a second signal ends that."""
         now = time.monotonic()
         if self.reports is None and self.signalled and now > self.signalled + ONE_REQUEST:
             return self.on_limit()
@@ -2172,7 +2175,7 @@ class Front(Loop):
                 pass
 
     def resize(self):
-        """Pass on the size of the terminal, less the prefix, or 80x24 if there is none."""
+        """Give the PTYs the size of the terminal less the prefix, or 80x24 without a terminal."""
         wide = high = 0    # as a terminal has it that was never told
         with suppress(OSError):
             wide, high = os.get_terminal_size(1)
@@ -2185,12 +2188,12 @@ class Front(Loop):
     # -- typed commands, or an attached program's keys
 
     def watch_terminal(self):
-        """Read what is typed."""
+        """Watch the terminal for what is typed."""
         self.always.register(self.terminal.fd, EVENT_READ, self.on_typed)
 
     def on_typed(self):
-        """Something was typed, or so it seems: it may be meant for another program.  Then look
-        again in a second, as a shell's `fg` sends no signal."""
+        """Act upon what is typed.  If the terminal is not procrun's at present, look again in a
+        second, because a shell's `fg` sends no signal."""
         data = read_some(self.terminal.fd) if self.terminal.is_ours() else None
         if not data and not (data == b"" and self.attached):    # which is Ctrl-D
             self.always.unregister(self.terminal.fd)
@@ -2205,7 +2208,7 @@ class Front(Loop):
             self.on_lines(data)
 
     def on_lines(self, data):
-        """Typed commands, as bytes."""
+        """Obey typed commands, given as bytes."""
         for line in data.decode("utf-8", "replace").splitlines():
             try:
                 self.on_command(*line.split())
@@ -2213,7 +2216,7 @@ class Front(Loop):
                 self.say(str(error))
 
     def on_command(self, word="", *names):
-        """One of them; a blank line is none."""
+        """Obey a typed command; do nothing for a blank line."""
         if word in ("restart", "ps") or word in ("stop", "attach") and names:
             for child in selected(names, self.children, word) if names else self.children:
                 if word == "ps":
@@ -2227,7 +2230,7 @@ class Front(Loop):
                 self.say(line)
 
     def state(self, child):
-        """A line of ps."""
+        """Return the line of ps for an instance."""
         minutes, seconds = divmod(int(time.monotonic() - child.since), 60)
         state = f"{child.ended} {minutes}:{seconds:02} ago"
         if child.pid:
@@ -2235,7 +2238,7 @@ class Front(Loop):
         return f"{child.name}  PORT={child.instance.port}, {state}"
 
     def attach(self, child):
-        """Make the terminal an instance's: what is typed, and what it writes, as it is."""
+        """Connect the terminal to an instance: its keys or lines, and its output as it is."""
         if not child.pid:
             return self.say(f"{child.name} is not running")
         if child.terminal and not os.isatty(1):
@@ -2249,8 +2252,8 @@ class Front(Loop):
         self.resize()
 
     def set_raw(self, raw):
-        """Put the terminal into raw mode for an attached program with a PTY, or back; not from the
-        background, where SIGTTOU would stop procrun."""
+        """Switch the terminal to raw mode for an attached program with a PTY, or back; but not
+        from the background, where SIGTTOU would stop procrun."""
         terminal = self.terminal
         if not (self.attached and self.attached.terminal and terminal.is_ours()):
             return
@@ -2264,7 +2267,7 @@ class Front(Loop):
         terminal.raw = raw
 
     def detach(self):
-        """Take the terminal back, and show what others have written meanwhile."""
+        """Disconnect the terminal, and show what others have written meanwhile."""
         if not self.attached:
             return
         self.set_raw(False)
@@ -2279,7 +2282,7 @@ class Front(Loop):
         self.resize()
 
     def type(self, data=b""):
-        """Write to the attached program; what it does not take now, later."""
+        """Write to the attached program; what it does not take now is written later."""
         fd = self.attached.input
         self.typed += data
         if fd in self.always.get_map():
@@ -2297,7 +2300,7 @@ class Front(Loop):
 # Files: text -> LOCATION -------------------------------------------------------------------------
 
 def begins_with(path, pattern):
-    """Whether a regular file begins as the compiled pattern says; what cannot be read does not."""
+    """Whether a file can be read and begins as the compiled pattern says; links do not count."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb") as file:
@@ -2339,8 +2342,8 @@ def in_the_way(location, files, ours, force):
 
 
 def stage(folder, files):
-    """Write all files into a new private folder, with numbers for names, private from their first
-    byte on; have them on disk."""
+    """Write all files to disk in a new folder, under numbers as names; they are private from their
+    first byte on."""
     os.makedirs(folder, 0o700)
     for number, (_, mode, text) in enumerate(files):
         private = partial(os.open, mode=0o600)
@@ -2415,7 +2418,7 @@ def procfile_path(args):
 
 
 def load_types(args):
-    """Read the Procfile; if there is none, say what can be done about it."""
+    """Read the Procfile; if there is none, raise a Failure that says what to do."""
     path = procfile_path(args)
     if not args.procfile and not os.path.exists(path):
         import glob
@@ -2428,7 +2431,7 @@ def load_types(args):
 
 
 def load_app(args, types):
-    """Read the environment files, and find the root directory."""
+    """Read the environment files and find the root directory; return the App."""
     path = procfile_path(args)
     root = args.root or os.path.dirname(path)
     if os.path.exists(path) and not os.path.isfile(path):    # such as /dev/stdin
@@ -2467,7 +2470,7 @@ def wants_colour(option, environment, terminal):
 
 
 def output_filter(option, terminal):
-    """What of the processes' output is filtered; `option` is that of --color."""
+    """Return the filter for the processes' output; `option` is that of --color."""
     if terminal:
         return TERMINAL
     return COLOURLESS if option == "never" else None
@@ -2486,7 +2489,7 @@ def raise_fd_limit(needed):
 
 
 def tidy_fds():
-    """Make sure that 0, 1 and 2 are open, and that no child inherits anything else."""
+    """Make sure that fds 0, 1 and 2 are open, and that children inherit no others."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -2498,7 +2501,7 @@ def tidy_fds():
 
 
 def open_children(types, instances, terminals):
-    """Return the children, with their pipes open; or their PTYs, for these `terminals`."""
+    """Return the children with their pipes open, or PTYs for the instances in `terminals`."""
     colours = {each.name: COLOURS[index % len(COLOURS)] for index, each in enumerate(types)}
     share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
     capacity = 1 << max(16, min(20, share.bit_length() - 1))
@@ -2518,7 +2521,7 @@ def enter_root(root):
 
 
 def cmd_start(args):
-    """procrun start: run the formation until it ends."""
+    """procrun start: run all process types, or those named, until one of them ends."""
     app = load_app(args, load_types(args))
     instances, is_terminal = planned(args, app)[2], os.isatty(1)
     attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
@@ -2549,7 +2552,7 @@ def cmd_start(args):
 
 
 def cmd_run(args):
-    """procrun run: become the command."""
+    """procrun run: run one command in the foreground, in place of procrun."""
     command = args.command
     if command[:1] == ["--"]:
         del command[0]
@@ -2576,7 +2579,7 @@ def cmd_run(args):
 
 
 def cmd_check(args):
-    """procrun check: parse everything."""
+    """procrun check: check the Procfile and the environment files."""
     app = load_app(args, load_types(args))
     base_port(None, app.variables, os.environb)
     print_out(f"valid procfile detected ({', '.join(each.name for each in app.types)})\n")
@@ -2584,7 +2587,7 @@ def cmd_check(args):
 
 
 def cmd_version(_):
-    """procrun version."""
+    """procrun version: print the version."""
     print_out(f"procrun {VERSION}\n")
     return 0
 
@@ -2624,7 +2627,7 @@ def make_plan(args, app, counts):
 
 
 def warn(plan):
-    """Say what this machine lacks for an export, and what was perhaps not meant."""
+    """Warn of what this machine lacks for an export, and of a release process."""
     refused = ""
     if plan.format == "supervisord":
         refused = "; until it is there, supervisord refuses its whole configuration"
@@ -2639,7 +2642,7 @@ def warn(plan):
 
 
 def dry_run(plan, instances):
-    """Print every file with its name, the values masked."""
+    """Print every file of an export with its name, the values masked."""
     masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
     for path, mode, text in export_files(masked, instances):
         print_out(f"[procrun export] would write: {plan.location}/{path}, mode {mode:04o}\n{text}")
@@ -2690,7 +2693,7 @@ def cmd_export(args):
 
 
 def grace_period(text):
-    """An argparse type: a grace period."""
+    """Return the grace period that a text is, in seconds; raises UsageError."""
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?|\.[0-9]+", text) or float(text) > 86400:
         raise UsageError(f"-t: `{text}` is not a number of seconds from 0 to 86400, a day")
     return float(text)
@@ -2754,7 +2757,7 @@ COMMANDS = {
 
 
 def usage_error(prog, message):
-    """In place of argparse's own function: one line."""
+    """Raise the error that argparse would print, as one line."""
     raise UsageError(f"{message} (see {prog} --help)")
 
 
