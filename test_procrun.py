@@ -2346,20 +2346,6 @@ def idle(run):
     return cost() - before <= 2    # clock ticks of 10 ms, and times that it woke up
 
 
-def on_terminal(slave):
-    """In a forked process: a session of its own on this terminal."""
-    os.setsid()
-    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-    for fd in range(3):
-        os.dup2(slave, fd)
-
-
-def looked_at(master):
-    """Read what a terminal has got; the number of bytes."""
-    ready = select.select([master], (), (), 0.01)[0]
-    return len(os.read(master, 1 << 16)) if ready else 0
-
-
 def awake(run):
     """Whether procrun has come so far that it catches signals."""
     caught = int(facts(run.pid)["SigCgt"], 16)
@@ -2591,14 +2577,11 @@ def test_the_helper_holds_nothing_of_the_users(tmp_path, mode):
 def test_a_closed_terminal_ends_it(tmp_path, output, mode):
     app = procfile(tmp_path, "a: trap '' HUP; sleep 300 & sleep 301\nb: %s\n" % {
         "quiet": "sleep 302", "noisy": "sleep 302 & while :; do echo noise; done"}[output])
-    master, slave = os.openpty()
-    with Run(app, "start", *mode, stdout=slave, preexec_fn=lambda: on_terminal(slave)) as run:
-        os.close(slave)
-        shown = b""
-        while shown.count(b"started") < 2:    # a line that is written later would end it, with 141
-            shown += os.read(master, 1 << 16)
-        eventually(lambda: looked_at(master) + 1 and sleeping(run, b"30") == 3)
-        os.close(master)
+    with Terminal(app, "start", *mode) as run:
+        run.expect(rb"(?s)started.*started")    # one that is written later would give 141
+        eventually(lambda: run.read(0.01) and sleeping(run, b"30") == 3)
+        run.process.stdout.close()
+        run.process.stdout = None
         assert run.process.wait(20) in (129, 141)[:1 + (output == "noisy")]
 
 
@@ -3570,7 +3553,7 @@ def test_what_others_write_meanwhile_is_held_back_and_bounded(tmp_path):
         assert int(facts(run.pid)["VmHWM"]) < 60000
         began = time.monotonic()
         run.type(b"\x1d")
-        count, data = 0, b""
+        count, data = 0, bytes(9)
         while b"the end" not in data:
             data = data[-9:] + os.read(run.keyboard, 1 << 16)
             count += data.count(b"x", 9)
