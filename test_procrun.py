@@ -136,15 +136,20 @@ def free_base():
 BASE_PORT = free_base()
 
 
+def plain_environment(**more):
+    """The environment, less what procrun heeds, and with more."""
+    heeded = "PORT", "PS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED"
+    return {**{key: value for key, value in os.environ.items() if key not in heeded}, **more}
+
+
 class Run:
     """procrun in a folder, its output collected; a context that ends with nothing left."""
 
     def __init__(self, folder, *args, env=None, stdout=subprocess.PIPE, python=None,
                  **options):
         self.tag = new_tag()
-        environment = {key: value for key, value in os.environ.items()
-                       if key not in ("PORT", "PS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")}
-        environment.update([self.tag.split("=")], **{"PORT": str(BASE_PORT), **(env or {})})
+        environment = plain_environment(PORT=str(BASE_PORT))
+        environment.update([self.tag.split("=")], **(env or {}))
         self.output = b""
         self.process = subprocess.Popen([*(python or compiled()), *args], cwd=str(folder),
                                         env=environment, stdout=stdout, stderr=subprocess.STDOUT
@@ -241,10 +246,8 @@ def needs(*programs):
 
 def ask(folder, *args, command=None, env=None, **options):
     """Run `python procrun.py`, or another command, to its end; (exit status, stdout, stderr)."""
-    environment = {key: value for key, value in os.environ.items()
-                   if key not in ("PORT", "PS", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")}
     done = subprocess.run([*(command or compiled()), *args], cwd=str(folder), timeout=20,
-                          stderr=subprocess.PIPE, env={**environment, **(env or {})},
+                          stderr=subprocess.PIPE, env=plain_environment(**(env or {})),
                           **{"input": b"", "stdout": subprocess.PIPE, **options})
     return done.returncode, done.stdout, done.stderr
 
