@@ -2888,6 +2888,7 @@ def test_the_program_is_asked_first_and_then_what_it_leaves(tmp_path, command, a
         "PROGRAM", PYTHON + " -S prefork.py"), "-t", "20", *args.split()) as run:
         count = 2 if "|" in command else 1
         eventually(lambda: run.read(0.05) and run.output.count(b"| up\n") == count)
+        eventually(lambda: sleeping(run, b"300") == command.count("exec sleep"))
         run.signal(signal.SIGTERM)
         assert run.wait(20) == 143
         said = [line for line in run.lines("a.1") if not re.match(
@@ -2930,9 +2931,9 @@ NO_SUBREAPER = ("import sys; sys.path.insert(0, %r); import procrun; "
 
 def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
     """As on macOS: nothing says that a leader's group has ended, but it is asked."""
-    app = procfile(tmp_path, "a: sleep 300 & echo up; exec sleep 301\nb: exec sleep 302\n")
+    app = procfile(tmp_path, "a: sleep 300 & exec sleep 301\nb: exec sleep 302\n")
     with Run(app, "start", "-t", "60", python=(sys.executable, "-c", NO_SUBREAPER)) as run:
-        run.expect(rb"\| up$")
+        eventually(lambda: run.read(0.05) and sleeping(run, b"30") == 3)
         run.signal(signal.SIGINT)
         assert run.wait(40) == 130    # process 1 may take its time to reap what it gets
 
