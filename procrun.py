@@ -220,8 +220,12 @@ def parse_procfile(text, source="Procfile"):
 
 # Environment: text -> variables ------------------------------------------------------------------
 
-# A name, and the quote that opens the value, if there is one.
-ENV_LINE = rb"""[ \t]*(?:export[ \t]+)?([^\0- \x7f='"#][^\0- \x7f='"]*)[ \t]*=(?:[ \t]*(['"]))?"""
+# An entry: its name; its value if it is 'literal', if it is "escaped" (the quote that ends it stands
+# behind an even number of backslashes); a quote that is never closed; a bare value; what follows.
+ENV_ENTRY = rb"""(?xs)
+    [ \t]* (?: export [ \t]+ )? ( [^\0- \x7f='"\#] [^\0- \x7f='"]* ) [ \t]* =
+    (?: [ \t]* (?: '([^']*)' | "(.*?(?<!\\)(?:\\\\)*)" | (['"]) ) | ([^\n]*?)(?=[ \t]\#|\n) )
+    ([^\n]*)"""
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t"}    # others stand for themselves
 # One that is never closed is matched, too: if it were not, a value that is full of them would take
 # hours, because each would look for its } up to the end.
@@ -229,29 +233,8 @@ ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
 MOST_VALUE = 1 << 20    # bytes; Linux gives a process no more than 128 KiB (execve(2))
 
 
-def raw_value(text, quote, start):
-    """Return (the value as it is written, where its last line ends).
-
-    It begins at `start`, behind its `quote` or, if that is None, behind the =.  Raises
-    ValueError(what is wrong, where its last line ends).
-    """
-    end = text.index(b"\n", start)
-    if not quote:
-        return re.split(rb"[ \t]#", text[start:end], maxsplit=1)[0].strip(b" \t"), end
-    # A quote that is not escaped stands behind an even number of backslashes.
-    closing = re.compile(rb"'" if quote == b"'" else rb'(?<!\\)(?:\\\\)*"').search(text, start)
-    if not closing:
-        raise ValueError(f"the quote {quote.decode()} is never closed", len(text))
-    end = text.index(b"\n", closing.end())
-    if not is_comment(text[closing.end():end]):
-        raise ValueError("text after the closing quote; only a comment may follow", end)
-    return text[start:closing.end() - 1], end
-
-
-def expand_value(value, quote, known):
-    """Return (the value with its escapes and expansions replaced, the undefined names in it)."""
-    if quote == b"'":
-        return value, ()
+def expand_value(value, escapes, known):
+    """Return (the value with its escapes, a pattern, and expansions replaced, undefined names)."""
     missing = {}
 
     def replacement(match):
@@ -264,25 +247,30 @@ def expand_value(value, quote, known):
             missing[name.decode()] = True
         return known.get(name) or default or b""
 
-    escapes = rb'\\([nt"\\$])' if quote else rb"\\(\$)(?=\{)"
     return re.sub(escapes + ENV_EXPANSION, replacement, value), missing
 
 
-def parse_line(text, start, known):
-    """Parse the line of a .env file (bytes) that begins at `start`; see parse_env().
+def parse_entry(text, start, known):
+    """Parse the entry of a .env file (bytes) that begins at `start`; see parse_env().
 
     Return (name, value, the undefined names in it, where its last line ends); the name of a blank
     line or a comment is None.  Raises ValueError(what is wrong, where its last line ends).
     """
+    entry, missing = re.compile(ENV_ENTRY).match(text, start), ()
     end = text.index(b"\n", start)
-    match = re.compile(ENV_LINE).match(text, start)
-    if not match and is_comment(text[start:end]):
+    if not entry and is_comment(text[start:end]):
         return None, None, (), end
-    if not match:
+    if not entry:
         raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
-    name, quote = match.groups()
-    value, end = raw_value(text, quote, match.end())
-    value, missing = expand_value(value, quote, known)
+    (name, value, escaped, quote, bare, rest), end = entry.groups(), entry.end()
+    if quote:
+        raise ValueError(f"the quote {quote.decode()} is never closed", len(text))
+    if bare is not None:
+        value, missing = expand_value(bare.strip(b" \t"), rb"\\(\$)(?=\{)", known)
+    elif not is_comment(rest):
+        raise ValueError("text after the closing quote; only a comment may follow", end)
+    elif escaped is not None:
+        value, missing = expand_value(escaped, rb'\\([nt"\\$])', known)
     if b"\0" in value:
         raise ValueError("NUL byte in the value; remove it", end)
     if len(value) > MOST_VALUE:
@@ -314,7 +302,7 @@ def parse_env(text, source=".env", environment=()):
     start, number = 0, 1
     while start < len(text):
         try:
-            name, value, missing, end = parse_line(text, start, known)
+            name, value, missing, end = parse_entry(text, start, known)
             if name:
                 variables[name] = known[name] = value
             for each in missing:
@@ -917,7 +905,7 @@ COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 
 # It keeps whole sequences and whole characters only: what stands around something that is taken
 # out never forms a new sequence.  It reads str, decoded from UTF-8 with surrogateescape: there a
 # C1 control (U+0080 to U+009F) cannot be mistaken for a byte in the middle of a character.
-TERMINAL = re.compile(r"""
+TERMINAL = r"""(?xs)
       # Characters that surely take a column; all others are kept further down.
       (?P<text> [ -~\xa0-\xac\xae-\u02ff\u0370-\u0482\u2010-\u2027\u2100-\u2bff\u4e00-\ua48f]+ )
     | (?P<newlines> \n+ )
@@ -934,12 +922,11 @@ TERMINAL = re.compile(r"""
       ) (?P<end> [0-~] )?
     | (?P<kept> \t+ | \x1b\[0?K | [^\0-\x9f\udc80-\udcff]+
         | [\udca0-\udcff]+ (?! [\udc80-\udcff]{0,2} \Z) | [\udca0-\udcff] )
-    | \r+ (?=[\r\n]) | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | .""",
-    re.VERBOSE | re.DOTALL)
+    | \r+ (?=[\r\n]) | [\0-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udc9f]+ | ."""
 # For files and pipes under --color never, where everything else passes.
-COLOURLESS = re.compile(r"""
+COLOURLESS = r"""(?x)
       (?P<colour> \x1b\[ [0-9;:]{0,99} m )
-    | (?P<sequence> \x1b (?: \[ [0-9;:]{0,99} )? \Z )""", re.VERBOSE)
+    | (?P<sequence> \x1b (?: \[ [0-9;:]{0,99} )? \Z )"""
 UTF8 = "utf-8", "surrogateescape"                # any bytes come back as they were
 CONTROLS = bytes({*range(32), 127} - {9, 10})    # but tab and newline
 
@@ -1058,7 +1045,7 @@ class Printer:
         plain = data.endswith(b"\n") and not source.sgr
         if not self.style.filter or plain and harmless(data):
             return data
-        text = self.style.filter.sub(partial(self.answer, source), data.decode(*UTF8))
+        text = re.sub(self.style.filter, partial(self.answer, source), data.decode(*UTF8))
         if self.open is not source and re.fullmatch(r"(\x1b\[[0-9;:]*m)*", text):
             return b""    # colours alone open no line; lead() puts them in front of the next one
         return text.encode(*UTF8)
