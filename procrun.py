@@ -1735,9 +1735,16 @@ class Guard(Loop):
                 return send_signal(-leader, signal.SIGTERM)    # nothing tells what it runs
             # Looked for before the signal: a trap of its own may start a program.
             runs = [pid for pid in children_of(leader) if group_of(pid) == leader]
+            self.after(SETTLING, partial(self.terminate_program, child, leader))
         send_signal(leader, signal.SIGTERM)
         for pid in runs:
             self.send_sigterm(pid, [pid])
+
+    def terminate_program(self, child, leader):
+        """Send SIGTERM to the program that has replaced a shell just after that got one, which is
+        lost with the shell: dash notes it, and an `exec` forgets it."""
+        if child.pid == leader and not is_shell(leader):
+            send_signal(leader, signal.SIGTERM)
 
     def send_sigterm(self, target, pids):
         """Send SIGTERM to a process or group (see send_signal()) that consists of `pids`.
