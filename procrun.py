@@ -2073,13 +2073,20 @@ class Front(Loop):
         """After Ctrl-Z the guard has stopped all; stop procrun too, unless it was continued
         meanwhile.  (The terminal's SIGTSTP does not reach the children in their own sessions, and
         they would ignore one, because their groups are orphaned.)"""
-        if self.pausing:
-            self.printer.close_line()
-            self.set_raw(False)
-            self.flush()
-            self.on_signals()
-        if self.pausing:
+        if not self.pausing:
+            return
+        self.printer.close_line()
+        self.set_raw(False)
+        self.flush()
+        # A blocked SIGTSTP stays pending, until a SIGCONT removes it (POSIX, Signal Concepts).
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
+        os.kill(os.getpid(), signal.SIGTSTP)
+        self.on_signals()
+        if self.pausing and signal.SIGTSTP in signal.sigpending():
             os.kill(os.getpid(), signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)    # which removes it as well
+        signal.signal(signal.SIGTSTP, no_action)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
 
     def on_exit(self, status):
         """Note the exit status, which is the last report."""
@@ -2132,8 +2139,10 @@ class Front(Loop):
             self.on_guard_gone()
 
     def on_signals(self):
-        """Act upon the signals that arrived, in their order."""
-        for number in read_some(self.signals) or b"":
+        """Act upon the signals that arrived, in their order; but SIGCONT is the last of those that
+        are read at once, because a handler that interrupts another one runs first."""
+        numbers = read_some(self.signals) or b""
+        for number in sorted(numbers, key=signal.SIGCONT.__eq__):
             if number in ENDING:
                 self.on_ending_signal(number)
             elif number in PASSED_ON:
