@@ -2142,7 +2142,7 @@ class Front(Loop):
         """Act upon the signals that arrived, in their order; but SIGCONT is the last of those that
         are read at once, because a handler that interrupts another one runs first."""
         numbers = read_some(self.signals) or b""
-        for number in sorted(numbers, key=signal.SIGCONT.__eq__):
+        for number in sorted(numbers, key=lambda number: number == signal.SIGCONT):
             if number in ENDING:
                 self.on_ending_signal(number)
             elif number in PASSED_ON:

@@ -4073,20 +4073,6 @@ def test_the_app_may_have_modules_of_any_name(tmp_path, command):
 # Odd surroundings --------------------------------------------------------------------------------
 
 @needs_linux
-def test_pipes_are_wide(tmp_path):
-    """One read moves up to 1 MiB, less only where many processes share what a user may have."""
-    size = "'%s' -c 'import fcntl; print(\"size\", fcntl.fcntl(1, 1032))'" % sys.executable
-    if int(open("/proc/sys/fs/pipe-max-size").read()) < 1 << 20:
-        pytest.skip("this system has no pipes that wide")
-    with start(tmp_path, "a: %s\n" % size) as run:
-        assert run.wait() == 0
-        assert run.lines("a.1")[1] == b"size %d" % (1 << 20)
-    with start(tmp_path, "a: %s\n" % size, "-c", "a=20", "--can-die", "a") as run:
-        assert run.wait(20) == 0
-        assert run.lines("a.20")[1] == b"size %d" % (1 << 18)
-
-
-@needs_linux
 @pytest.mark.parametrize("command", [
     ["start"], ["check"], ["version"], ["export", "systemd", "out", "-u", "root", "--dry-run"]])
 def test_a_full_disk_is_one_line(tmp_path, command):
