@@ -2006,7 +2006,6 @@ def test_fuzz_no_prefix_is_damaged_and_no_other_line():
         assert all(row.startswith(("a |", "b |")) for row in begins) and not mixed.rows[-1]
 
 
-
 # What a process gets -----------------------------------------------------------------------------
 
 PROBE = r"""
