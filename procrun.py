@@ -220,8 +220,8 @@ def parse_procfile(text, source="Procfile"):
 
 # Environment: text -> variables ------------------------------------------------------------------
 
-# An entry: its name; a 'literal' value; an "escaped" one, whose closing quote follows an even number
-# of backslashes; a quote that is never closed; a bare value; what follows the value.
+# An entry: its name; a 'literal' value; an "escaped" one, whose closing quote follows an even
+# number of backslashes; a quote that is never closed; a bare value; what follows the value.
 ENV_ENTRY = rb"""(?xs)
     [ \t]* (?: export [ \t]+ )? ( [^\0- \x7f='"\#] [^\0- \x7f='"]* ) [ \t]* =
     (?: [ \t]* (?: '([^']*)' | "(.*?(?<!\\)(?:\\\\)*)" | (['"]) ) | ([^\n]*?)(?=[ \t]\#|\n) )
