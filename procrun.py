@@ -73,6 +73,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
 
 import argparse
 import errno
+import math
 import re
 import select
 import signal
@@ -449,10 +450,10 @@ File.__doc__ = "A file to be written: its path below the location, its permissio
 Plan = namedtuple("Plan", "format app user group root log grace mark variables counts image "
                           "user_units location")
 Plan.__doc__ = """What an export is about, beside the instances: the format; names of the app,
-the user and the user's group; root directory; directory of log files or ""; grace period in whole
-seconds, 1 or more; the text of the first comment; the variables that all instances share (str to
-str); {type: concurrency}; the options --image and --user-units; and the absolute path of the
-location."""
+the user and, if it is known, the user's group; root directory; directory of log files or ""; grace
+period in whole seconds, 1 or more; the text of the first comment; the variables that all
+instances share (str to str); {type: concurrency}; the options --image and --user-units; and the
+absolute path of the location."""
 
 Job = namedtuple("Job", "name type port text id log variables")
 Job.__doc__ = """An instance as a manager gets it: its name, process type and PORT; its shell text;
@@ -464,19 +465,16 @@ CHILDREN = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$p
             "then read -r others </proc/$pid/task/$pid/children; fi; ")
 
 
-def is_text(text):
-    """Whether every format can hold this str: it has no control characters but tab and newline, no
-    surrogates (bytes that are not UTF-8), no noncharacters (Unicode 23.7; systemd refuses them).
-    """
-    return (not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef]", text)
-            and all(ord(char) & 0xfffe != 0xfffe for char in text))
-
-
 def exportable(what, data):
     """Return bytes as str.  Raises Failure, which names `what` they are, if a format cannot hold
-    them or Linux cannot pass them to a process (execve(2): 128 KiB a string)."""
+    them, or Linux cannot pass them to a process (execve(2): 128 KiB a string).
+
+    No format holds control characters but tab and newline, surrogates (bytes that are not UTF-8)
+    or noncharacters (Unicode 23.7; systemd refuses them).
+    """
     text = data.decode("utf-8", "surrogateescape")
-    if not is_text(text) or len(data) >= 127 << 10:
+    if (re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef]", text)
+            or any(ord(char) & 0xfffe == 0xfffe for char in text) or len(data) >= 127 << 10):
         raise Failure(f"{what} cannot be exported: it has control characters, is not UTF-8, or is "
                       "longer than 127 KiB")
     return text
@@ -544,7 +542,7 @@ respawn
 respawn limit unlimited
 kill timeout {plan.grace}
 setuid {plan.user}
-setgid {upstart_word(plan.group)}
+setgid {upstart_word(plan.group or plan.user)}
 chdir {upstart_word(plan.root)}
 script
 {script}
@@ -749,9 +747,8 @@ def kubernetes_name(name):
     return name.lower().replace("_", "-")
 
 
-# Each %(...)s without quotes around it is JSON already.
 KUBERNETES_HEAD = """{"metadata": {"annotations": {
-    "procrun/made-by": %(mark)s},
+    "procrun/made-by": "%(mark)s"},
   "labels": {"app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s",
     "app.kubernetes.io/managed-by": "procrun"},
   "name": "%(app)s-%(part)s"},
@@ -805,22 +802,19 @@ def export_kubernetes(plan, jobs):
     import json
     data = json.dumps({name: base64.b64encode(value.encode()).decode()
                        for name, value in plan.variables.items()}, indent=2, sort_keys=True)
-    plan = plan._replace(mark=json.dumps(plan.mark))
-    yield File(f"{plan.app}-secret.json", 0o600,
-               KUBERNETES_SECRET % dict(plan._asdict(), part="env", data=data))
+    values = dict(plan._asdict(), part="env", data=data,
+                  digest=hashlib.sha256(data.encode()).hexdigest(),
+                  directory=f'"workingDir": "{plan.root}",' if plan.root else "")
+    yield File(f"{plan.app}-secret.json", 0o600, KUBERNETES_SECRET % values)
     items = []
     for job in jobs:
-        name = kubernetes_name(job.type)
-        values = dict(
-            plan._asdict(), **job._asdict(), part=name, replicas=plan.counts[job.type],
-            digest=hashlib.sha256(data.encode()).hexdigest(),
-            word=json.dumps(kubernetes_word(forwarding(job.text))),
-            directory=f'"workingDir": {json.dumps(plan.root)},' if plan.root else "",
-            strategy="" if name == "web" else KUBERNETES_STRATEGY,
-            ports=KUBERNETES_PORTS % job.port if name == "web" else "")
-        items.append(KUBERNETES_DEPLOYMENT % values)
-        if name == "web":
+        values.update(part=kubernetes_name(job.type), replicas=plan.counts[job.type],
+                      word=json.dumps(kubernetes_word(forwarding(job.text))),
+                      port=job.port, strategy=KUBERNETES_STRATEGY, ports="")
+        if values["part"] == "web":
+            values.update(strategy="", ports=KUBERNETES_PORTS % job.port)
             items.append(KUBERNETES_SERVICE % values)
+        items.append(KUBERNETES_DEPLOYMENT % values)
     yield File(f"{plan.app}.json", 0o644, '{"apiVersion": "v1", "kind": "List", "items": [\n'
                + ",\n".join(items) + "]}\n")
 
@@ -840,59 +834,56 @@ FORMATS = {
 }
 
 
-def kubernetes_problem(plan):
-    """Return what Kubernetes cannot take of a plan, or None."""
+def check_kubernetes(plan):
+    """Raise Failure if Kubernetes cannot take the plan."""
     if not re.fullmatch(r"(?a)\w[\w.:/@-]*", plan.image or ""):
-        return "kubernetes needs --image IMAGE, such as registry.example/app:1"
+        raise Failure("kubernetes needs --image IMAGE, such as registry.example/app:1")
     if plan.log:
-        return "kubernetes keeps the logs itself; leave -l out"
+        raise Failure("kubernetes keeps the logs itself; leave -l out")
     if sum(len(value.encode()) for value in plan.variables.values()) > 1 << 20:
-        return "kubernetes takes no Secret of more than 1 MiB; the variables are longer"
+        raise Failure("kubernetes takes no Secret of more than 1 MiB; the variables are longer")
     names = list(map(kubernetes_name, plan.counts))
     for name in names:
         if names.count(name) > 1:
-            return f"kubernetes would call two process types `{name}`; rename one"
+            raise Failure(f"kubernetes would call two process types `{name}`; rename one")
     for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-            return (f"kubernetes takes no name `{name}`: only a-z, 0-9 and between them -, at "
-                    "most 63")
-    if "web" in names and plan.app[0].isdigit():
-        return f"kubernetes takes no service `{plan.app}-web`: a letter has to be the first"
-    return None
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
+            raise Failure(f"kubernetes takes no name `{name}`: a letter, then letters, digits and "
+                          "-, at most 63, the last no -")
 
 
-def plan_problem(plan):
-    """Return what the formats, or this one, cannot take of the plan, or None."""
+def check_plan(plan):
+    """Raise Failure if no format, or not this one, can take the plan."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
-        return f"the app cannot be named {plan.app!r}; use letters, digits, _ . - with -a"
+        raise Failure(f"the app cannot be named {plan.app!r}; use letters, digits, _ . - with -a")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
-        return f"there can be no user {plan.user!r}; give another with -u"
-    for path in (plan.root, plan.log, plan.location):
-        if not is_text(path) or re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', path):
-            path = printable(os.fsencode(path))
-            return f"the path `{path}` has characters that cannot be exported"
+        raise Failure(f"there can be no user {plan.user!r}; give another with -u")
+    for path in map(os.fsencode, (plan.root, plan.log, plan.location)):
+        shown = printable(path)
+        if re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', exportable(f"the path {shown}", path)):
+            raise Failure(f"the path `{shown}` has characters that cannot be exported")
     names = [printable(os.fsencode(name)) for name in plan.variables
              if not re.fullmatch(r"(?a)[A-Za-z_]\w*", name)]
     if names:
-        return f"variables with such names do not pass /bin/sh: {', '.join(names)}"
-    if not is_text(plan.mark) or "\n" in plan.mark:
-        return "this command line has characters that a comment cannot have"
-    return kubernetes_problem(plan) if plan.format == "kubernetes" else None
+        raise Failure(f"variables with such names do not pass /bin/sh: {', '.join(names)}")
+    if "\n" in exportable("this command line", os.fsencode(plan.mark)):
+        raise Failure("this command line has a newline, which a comment cannot have")
+    if plan.format == "kubernetes":
+        check_kubernetes(plan)
 
 
 def export_files(plan, instances):
     """Return the files of an export; raises Failure if something cannot be exported."""
-    problem, jobs = plan_problem(plan), []
+    check_plan(plan)
+    jobs = []
     for each in instances:
         if each.dashed in plan.counts:
-            problem = (f"{each.name} and the process type {each.dashed} would collide; "
-                       "rename one")
+            raise Failure(f"{each.name} and the process type {each.dashed} would collide; "
+                          "rename one")
         text = exportable(f"the command of {each.type}", shell_text(each.command))
         log = f"{plan.log}/{each.dashed}.log" if plan.log else ""
         jobs.append(Job(each.name, each.type, each.port, text, f"{plan.app}-{each.dashed}", log,
                         {**plan.variables, "PORT": str(each.port), "PS": each.name}))
-    if problem:
-        raise Failure(problem)
     return list(FORMATS[plan.format].function(plan, jobs))
 
 
@@ -2345,15 +2336,13 @@ def in_the_way(location, files, ours, force):
 
 
 def stage(folder, files):
-    """Write all files to disk in a new folder, under numbers as names; they are private from their
-    first byte on."""
+    """Write all files to disk in a new folder, under numbers as names; each has its permission
+    bits from its first byte on."""
     os.makedirs(folder, 0o700)
     for number, (_, mode, text) in enumerate(files):
-        private = partial(os.open, mode=0o600)
-        with open(f"{folder}/{number}", "xb", opener=private) as file:
+        with open(f"{folder}/{number}", "xb", opener=partial(os.open, mode=mode)) as file:
             file.write(text.encode())
             file.flush()
-            os.chmod(file.fileno(), mode)
             os.fsync(file)
 
 
@@ -2402,19 +2391,6 @@ def read_file(path):
     return text
 
 
-def absolute(path):
-    """The absolute path (os.path.abspath); raises Failure."""
-    try:
-        return os.path.abspath(path)
-    except OSError:
-        raise Failure("the current directory has been removed; change to one that is there")
-
-
-App = namedtuple("App", "types variables root")
-App.__doc__ = """What the files say: the process types; the variables of the environment files
-(bytes to bytes); the root directory."""
-
-
 def procfile_path(args):
     """Where the Procfile is: -f, else in the root directory, else here."""
     return args.procfile or os.path.join(args.root or "", "Procfile")
@@ -2433,8 +2409,8 @@ def load_types(args):
     return parse_procfile(read_file(path), path)
 
 
-def load_app(args, types):
-    """Read the environment files and find the root directory; return the App."""
+def load_environment(args):
+    """Read the environment files; return (their variables, bytes to bytes, the root directory)."""
     path = procfile_path(args)
     root = args.root or os.path.dirname(path)
     if os.path.exists(path) and not os.path.isfile(path):    # such as /dev/stdin
@@ -2447,17 +2423,18 @@ def load_app(args, types):
         found, warnings = parse_env(read_file(name), name, {**os.environb, **variables})
         variables.update(found)
         print_error(*warnings)
-    return App(types, variables, absolute(root))
+    try:
+        return variables, os.path.normpath(os.path.join(os.getcwd(), root))
+    except OSError:
+        raise Failure("the current directory has been removed; change to one that is there")
 
 
-def planned(args, app):
+def planned(args, types, variables):
     """Return ({type: concurrency}, base port, instances) that the command line asks for."""
-    if args.concurrency and args.formation:
-        raise UsageError("-c and -m exclude each other")
     given = parse_counts(args.concurrency + args.formation)
-    counts = formation(app.types, given, 0 if args.formation else 1, getattr(args, "names", ()))
-    base = base_port(args.port, app.variables, os.environb)
-    instances = expand(app.types, counts, base)
+    counts = formation(types, given, 0 if args.formation else 1, getattr(args, "names", ()))
+    base = base_port(args.port, variables, os.environb)
+    instances = expand(types, counts, base)
     if not instances:
         raise UsageError("nothing to run: what is asked for has a concurrency of 0")
     return counts, base, instances
@@ -2525,12 +2502,12 @@ def enter_root(root):
 
 def cmd_start(args):
     """procrun start: run all process types, or those named, until one of them ends."""
-    app = load_app(args, load_types(args))
-    instances, is_terminal = planned(args, app)[2], os.isatty(1)
+    types, (variables, root) = load_types(args), load_environment(args)
+    instances, is_terminal = planned(args, types, variables)[2], os.isatty(1)
     attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
     can_die = selected(args.can_die, instances, "--can-die")
     quiet = selected(args.quiet, instances, "--quiet")
-    enter_root(app.root)
+    enter_root(root)
     try:
         tidy_fds()
     except OSError as error:
@@ -2539,14 +2516,14 @@ def cmd_start(args):
     if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "
                          "its foreground")
-    options = Options(app.root, child_environment(app.variables),
+    options = Options(root, child_environment(variables),
                       raise_fd_limit(4 * len(instances) + 20 + len(open_fds())),
                       args.timeout, 0.1 if is_terminal else 1.0, can_die, args.keep_going, quiet)
     style = Style(max(6, *(len(each.name) for each in instances)),    # as long as "system"
                   wants_colour(args.color, os.environ, is_terminal), not args.no_timestamp,
                   not args.no_prefix, output_filter(args.color, is_terminal))
     try:
-        children = open_children(app.types, instances, instances if args.pty else attached)
+        children = open_children(types, instances, instances if args.pty else attached)
         front = Front(Guard(children, options, terminal), Printer(style, time.time), Sink(1))
     except OSError as error:
         raise Failure(f"cannot open a pipe or PTY, or fork: {error.strerror}")
@@ -2563,17 +2540,17 @@ def cmd_run(args):
         raise UsageError("run what? name a process type, or a command")
     may_be_type = len(command) == 1 and (args.procfile or os.path.exists(procfile_path(args)))
     types = load_types(args) if may_be_type else []
-    app = load_app(args, types)
-    variables, names = child_environment(app.variables), [each.name for each in types]
+    variables, root = load_environment(args)
+    environment, names = child_environment(variables), [each.name for each in types]
     if command[0] in names:
-        base = base_port(args.port, app.variables, os.environb)
+        base = base_port(args.port, variables, os.environb)
         [instance] = expand(types, formation(types, {}, 1, command), base)
-        variables.update(instance.variables)
+        environment.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
-    enter_root(app.root)
+    enter_root(root)
     handle((signal.SIGPIPE, signal.SIGXFSZ), signal.SIG_DFL)    # which CPython ignores
     try:
-        os.execvpe(command[0], command, variables)
+        os.execvpe(command[0], command, environment)
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         hint = f"; the process types are {', '.join(names)}" if missing and names else ""
@@ -2583,9 +2560,9 @@ def cmd_run(args):
 
 def cmd_check(args):
     """procrun check: check the Procfile and the environment files."""
-    app = load_app(args, load_types(args))
-    base_port(None, app.variables, os.environb)
-    print_out(f"valid procfile detected ({', '.join(each.name for each in app.types)})\n")
+    types, variables = load_types(args), load_environment(args)[0]
+    base_port(args.port, variables, os.environb)
+    print_out(f"valid procfile detected ({', '.join(each.name for each in types)})\n")
     return 0
 
 
@@ -2599,34 +2576,34 @@ MADE_BY = "Made by procrun export %s for the app %s. "    # the first comment of
 
 
 def primary_group(user):
-    """The name of the user's group, or None if this machine has no such user."""
+    """Return the name of the user's group, or "" if this machine has no such user."""
     import grp
     import pwd
     try:
         return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     except KeyError:
-        return None
+        return ""
 
 
-def make_plan(args, app, counts):
+def make_plan(args, root, variables, counts):
     """Return the Plan of an export."""
-    name = os.path.basename(app.root) if args.app is None else args.app
+    name = os.path.basename(root) if args.app is None else args.app
     user = name if args.user is None else args.user
-    log = absolute(args.log) if args.log else ""
-    mark, root = MADE_BY % (args.format, name), app.root
+    log = os.path.abspath(args.log) if args.log else ""
+    mark = MADE_BY % (args.format, name)
     if args.format == "kubernetes":    # its files are shared: nothing of this machine is in them
         root = root if args.root else ""
     else:
         again = [each for each in args.argv if each not in ("--force", "--dry-run")]
         words = " ".join(map(shell_quote, [sys.argv[0]] + again))
-        mark += f"Again: cd {shell_quote(absolute('.'))} && python3 {words}"
-    variables = {key.decode("utf-8", "surrogateescape"):
-                 exportable(f"the value of {printable(key)}", value)
-                 for key, value in {b"PYTHONUNBUFFERED": b"1", **app.variables}.items()
-                 if key not in (b"PORT", b"PS")}    # an instance has its own
-    grace = max(1, -int(-args.timeout // 1))
-    return Plan(args.format, name, user, primary_group(user) or user, root, log, grace, mark,
-                variables, counts, args.image, args.user_units, absolute(args.location))
+        mark += f"Again: cd {shell_quote(os.getcwd())} && python3 {words}"
+    shared = {key.decode("utf-8", "surrogateescape"):
+              exportable(f"the value of {printable(key)}", value)
+              for key, value in {b"PYTHONUNBUFFERED": b"1", **variables}.items()
+              if key not in (b"PORT", b"PS")}    # an instance has its own
+    return Plan(args.format, name, user, primary_group(user), root, log,
+                max(1, math.ceil(args.timeout)), mark, shared, counts, args.image,
+                args.user_units, os.path.abspath(args.location))
 
 
 def warn(plan):
@@ -2634,7 +2611,7 @@ def warn(plan):
     refused = ""
     if plan.format == "supervisord":
         refused = "; until it is there, supervisord refuses its whole configuration"
-    if not (primary_group(plan.user) or plan.user_units or plan.format == "kubernetes"):
+    if not (plan.group or plan.user_units or plan.format == "kubernetes"):
         print_error(f"warning: this machine has no user `{plan.user}`{refused}")
     if plan.log and not os.path.isdir(plan.log):
         print_error(f"warning: there is no directory {plan.log} for the logs{refused}")
@@ -2644,13 +2621,6 @@ def warn(plan):
         print_error("warning: release is meant to run once: -c release=0 leaves it out")
 
 
-def dry_run(plan, instances):
-    """Print every file of an export with its name, the values masked."""
-    masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
-    for path, mode, text in export_files(masked, instances):
-        print_out(f"[procrun export] would write: {plan.location}/{path}, mode {mode:04o}\n{text}")
-
-
 def tell_done(plan, files, gone):
     """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
     start = FORMATS[plan.format].start.format(app=plan.app, location=shell_quote(plan.location))
@@ -2658,9 +2628,9 @@ def tell_done(plan, files, gone):
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     lines = [f"writing: {plan.location}/{file.path}" for file in files]
     lines += [f"removing: {plan.location}/{name}" for name in gone]
+    lines += [f"start it with: {start}"]
     try:
-        for line in lines + [f"start it with: {start}"]:
-            print_out(f"[procrun export] {line}\n")
+        print_out("".join(f"[procrun export] {line}\n" for line in lines))
     except Failure as failure:
         print_error(*failure.args)
 
@@ -2675,15 +2645,18 @@ def cmd_export(args):
     runit         service directories for /etc/sv
     kubernetes    Deployments, a Secret and a Service
     """
-    app = load_app(args, load_types(args))
-    counts, base, instances = planned(args, app)
+    types, (variables, root) = load_types(args), load_environment(args)
+    counts, base, instances = planned(args, types, variables)
     if args.format == "kubernetes":    # which makes the instances itself, from one of each type
-        instances = expand(app.types, dict.fromkeys(counts, 1), base)
-    plan = make_plan(args, app, counts)
+        instances = expand(types, dict.fromkeys(counts, 1), base)
+    plan = make_plan(args, root, variables, counts)
     files = export_files(plan, instances)
     warn(plan)
     if args.dry_run:
-        dry_run(plan, instances)
+        masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
+        for name, mode, text in export_files(masked, instances):
+            path = f"{plan.location}/{name}"
+            print_out(f"[procrun export] would write: {path}, mode {mode:04o}\n{text}")
         return 0
     os.umask(0o022)
     ours = marked(plan.location, plan.app, MADE_BY % (plan.format, plan.app))
@@ -2707,15 +2680,13 @@ COMMON = """
 -f, --procfile FILE     the Procfile (default: Procfile in the root directory; - is standard input)
 -d, --root DIR          where the commands run and .env is (default: the Procfile's folder)
 -e, --env FILE[,FILE]   read these files instead of .env; repeatable
-"""
-BASE_PORT = """
 -p, --port N            base port (default: PORT of .env or the environment, or 5000)
 """
-FORMATION = BASE_PORT + """
+FORMATION = """
 -c, --concurrency NAME=N[,NAME=N]   run N instances; types that are not named run once, or as often
                                     as all=N says; repeatable
--m, --formation NAME=N[,NAME=N]     the same, but types that are not named do not run, unless all=N
-                                    is given
+-m, --formation NAME=N[,NAME=N]     the same, but types that neither -c nor -m names do not run,
+                                    unless all=N is given
 -t, --timeout SECONDS   grace period between SIGTERM and SIGKILL, at most a day (default: 5; start:
                         0 kills at once; export: rounded up to a whole second)
 """
@@ -2732,7 +2703,7 @@ NAME ...                run only these process types
 --no-timestamp          write no time in front of the lines
 --no-prefix             write nothing in front of the lines
 """
-RUN = BASE_PORT + """
+RUN = """
 NAME|COMMAND [ARG ...]  a process type, or a command with its arguments
 """
 EXPORT = FORMATION + """
@@ -2777,14 +2748,10 @@ def make_parser(text, **details):
     parser.error = partial(usage_error, parser.prog)
     for flags, word, meaning in re.findall(
             r"^(-[^\s,]+(?:, -\S+)?)? ?(\S+(?: \S+)*)?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
-        more = dict(WORDS.get(word, {}), help=meaning)
-        if word:
-            more.setdefault("metavar", word)
-        else:
-            more["action"] = "store_true"
+        more = {"metavar": word, **WORDS.get(word, {})} if word else {"action": "store_true"}
         if "[," in word:
             more.update(type=partial(str.split, sep=","), action="extend", default=[])
-        parser.add_argument(*flags.split(", ") if flags else (), **more)
+        parser.add_argument(*flags.split(", ") if flags else (), help=meaning, **more)
     return parser
 
 

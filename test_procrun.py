@@ -503,6 +503,7 @@ APP = "web: {0}\nworker: {0}\nclock: {0}\n".format("echo $PS=$PORT; cat")
     ("-m clock=2", {}, "", "clock.1=5200 clock.2=5201"),
     ("-m web=1 --formation worker=1", {}, "", "web.1=5000 worker.1=5100"),
     ("-m clock=0,all=1", {}, "", "web.1=5000 worker.1=5100"),
+    ("-c worker=2 -m web=1", {}, "", "web.1=5000 worker.1=5100 worker.2=5101"),
     ("-p 6000 worker", {"PORT": "8000"}, "PORT=7000", "worker.1=6100"),
     ("--port=65335", {}, "", "web.1=65335 worker.1=65435 clock.1=65535"),
     ("clock", {"PORT": "8000"}, "PORT=7000", "clock.1=7200"),
@@ -1671,7 +1672,7 @@ def test_kubernetes_objects(tmp_path):
 
 
 @pytest.mark.parametrize("app, text, options, said", [
-    ("2048", "web: a", "", "no service"), ("app-", "worker: a", "", "app-"),
+    ("2048", "web: a", "", "`2048`"), ("app-", "worker: a", "", "app-"),
     ("app", "-web: a", "", "-web"), ("app", "web-: a", "", "web-"),
     ("my.app", "w: a", "", "my.app"), ("app", "w: a\nweb: b", "-p 65500 -c web=0", "65535"),
     ("app", "x" * 60 + ": a", "", "app-xxx"), ("app", "a_b: a\nA-B: a", "", "`a-b`"),
@@ -3914,7 +3915,7 @@ KNOWN = "`nosuch`.* web, worker"
     ("start -p 65436", 1, "worker.1.*65536"), ("start -c web=600 -p 65000", 1, "web.537.*65536"),
     ("start -t x", 2, "x"), ("start -t -1", 2, "-1"), ("start -t nan", 2, "nan"),
     ("start -t 86400.1", 2, "a day"), ("start -t 99999999", 2, "a day"), ("start -t .", 2, "`.`"),
-    ("start -c web=2 -m web=2", 2, "exclude"), ("start --can web", 2, "--can"),
+    ("start --can web", 2, "--can"),
     ("-c web=1 start", 2, "-c"), ("start run", 2, "unknown process type `run`"),
     ("start --color sometimes", 2, "sometimes"), ("start -f .", 1, "directory"),
     ("check -f nosuch", 1, "nosuch: No such file"), ("start -e nosuch", 1, "nosuch: No such file"),
