@@ -2336,11 +2336,12 @@ def in_the_way(location, files, ours, force):
 
 
 def stage(folder, files):
-    """Write all files to disk in a new folder, under numbers as names; each has its permission
-    bits from its first byte on."""
+    """Write all files to disk below a new folder; each has its permission bits from its first byte
+    on."""
     os.makedirs(folder, 0o700)
-    for number, (_, mode, text) in enumerate(files):
-        with open(f"{folder}/{number}", "xb", opener=partial(os.open, mode=mode)) as file:
+    for path, mode, text in files:
+        os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
+        with open(f"{folder}/{path}", "xb", opener=partial(os.open, mode=mode)) as file:
             file.write(text.encode())
             file.flush()
             os.fsync(file)
@@ -2348,7 +2349,7 @@ def stage(folder, files):
 
 def install(location, staging, files, gone):
     """Write all files to a folder below the location, move each to where it is to be, and remove
-    what is gone (relative paths).  Signals wait.
+    what is gone (relative paths).  A new service directory is moved as a whole.  Signals wait.
 
     Raises Failure.  Nothing has changed before all files are written; then it tells what has.
     """
@@ -2358,11 +2359,13 @@ def install(location, staging, files, gone):
     shutil.rmtree(staging, ignore_errors=True)    # of an export that was killed
     try:
         stage(staging, files)
-        for number, file in enumerate(files):
-            path = f"{location}/{file.path}"
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            os.replace(f"{staging}/{number}", path)
-            done.append(path)
+        for file in files:
+            for name in file.path.partition("/")[0], file.path:
+                path = f"{location}/{name}"
+                if os.path.lexists(f"{staging}/{name}") and not os.path.isdir(path):
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    os.replace(f"{staging}/{name}", path)
+                    done.append(path)
         for name in gone:
             path = f"{location}/{name}"
             os.unlink(path)

@@ -1577,6 +1577,21 @@ def test_an_export_that_fails_or_is_killed_midway(tmp_path, inject, ended, said)
     assert set(tree(location)) == set(tree(tmp_path / "fresh"))
 
 
+@needs("strace")
+@pytest.mark.parametrize("inject", ["mkdir:signal=KILL:when=4", "mkdir:signal=KILL:when=9",
+                                    "rename:signal=KILL:when=1", "rename:signal=KILL:when=6"])
+def test_no_empty_folder_stays_when_an_export_is_killed(tmp_path, inject):
+    location, text = tmp_path / "out", "web: a\n"
+    export(procfile(tmp_path, text), "runit", location)
+    procfile(tmp_path, text + "new: b\nother: c\n")
+    ask(tmp_path, "export", "runit", "out", "-a", "myapp", "-u", "root", command=[
+        "strace", "-o", os.devnull, "-e", "trace=mkdir,rename", "-e", "inject=" + inject,
+        *compiled()])
+    for place in location, tmp_path / "fresh":
+        export(procfile(tmp_path, text), "runit", place)
+    assert set(tree(location)) == set(tree(tmp_path / "fresh"))
+
+
 def test_what_is_installed_stays_a_success_whoever_reads(tmp_path):
     procfile(tmp_path, "web: a\n")
     command = "export", "runit", "out", "-a", "myapp", "-u", "root"
