@@ -4098,18 +4098,6 @@ def test_a_full_disk_is_one_line(tmp_path, command):
     assert errors == b"procrun: cannot write the output: No space left on device\n"
 
 
-def test_inherited_files_count_towards_the_limit(tmp_path):
-    leaked = [os.dup(0) for _ in range(30)]
-    try:
-        with start(tmp_path, "a: echo up\n", pass_fds=leaked, preexec_fn=lambda:
-                 resource.setrlimit(resource.RLIMIT_NOFILE, (leaked[-1] + 2, 4096))) as run:
-            assert run.wait() == 0
-            assert b"up" in run.lines("a.1")
-    finally:
-        for fd in leaked:
-            os.close(fd)
-
-
 def test_a_terminal_that_has_no_size(tmp_path):
     with Terminal(procfile(tmp_path, "a: stty size\n"), "start", "--pty", size=(0, 0)) as run:
         assert run.wait() == 0
@@ -4483,11 +4471,6 @@ def other_rows(folder, rounds):
     yield row("600 processes: Ctrl-C to exit", down)
     yield row("600 processes: memory (PSS)", memory, form=mebibytes)
     yield row(AS_MODULE, lean, form=mebibytes)
-    mixed = app_of(folder, "a: %s\nb: %s\nc: %s\n" % (
-        TICKER % (0.001, forever), TICKER % (0.004, forever), SLEEPER))
-    yield row("CPU for one line, 4 of 600 processes print", *in_turn(
-        rounds, lambda: cost(mixed, "b=4,c=596", 600), lambda: cost(mixed, "a=1", 1)),
-        "1 process alone")
 
 
 def machine():
