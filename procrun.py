@@ -792,6 +792,24 @@ KUBERNETES_SERVICE = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Service",
     "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}}}"""
 
 
+def check_kubernetes(plan):
+    """Raise Failure if Kubernetes cannot take the plan."""
+    if not re.fullmatch(r"(?a)\w[\w.:/@-]*", plan.image or ""):
+        raise Failure("kubernetes needs --image IMAGE, such as registry.example/app:1")
+    if plan.log:
+        raise Failure("kubernetes keeps the logs itself; leave -l out")
+    if sum(len(value.encode()) for value in plan.variables.values()) > 1 << 20:
+        raise Failure("kubernetes takes no Secret of more than 1 MiB; the variables are longer")
+    names = list(map(kubernetes_name, plan.counts))
+    for name in names:
+        if names.count(name) > 1:
+            raise Failure(f"kubernetes would call two process types `{name}`; rename one")
+    for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
+            raise Failure(f"kubernetes takes no name `{name}`: a letter, then letters, digits and "
+                          "-, at most 63, the last no -")
+
+
 def export_kubernetes(plan, jobs):
     """A Secret; and a List of a Deployment for each process type, and a Service for web.
 
@@ -800,6 +818,7 @@ def export_kubernetes(plan, jobs):
     import base64
     import hashlib
     import json
+    check_kubernetes(plan)
     data = json.dumps({name: base64.b64encode(value.encode()).decode()
                        for name, value in plan.variables.items()}, indent=2, sort_keys=True)
     values = dict(plan._asdict(), part="env", data=data,
@@ -834,26 +853,8 @@ FORMATS = {
 }
 
 
-def check_kubernetes(plan):
-    """Raise Failure if Kubernetes cannot take the plan."""
-    if not re.fullmatch(r"(?a)\w[\w.:/@-]*", plan.image or ""):
-        raise Failure("kubernetes needs --image IMAGE, such as registry.example/app:1")
-    if plan.log:
-        raise Failure("kubernetes keeps the logs itself; leave -l out")
-    if sum(len(value.encode()) for value in plan.variables.values()) > 1 << 20:
-        raise Failure("kubernetes takes no Secret of more than 1 MiB; the variables are longer")
-    names = list(map(kubernetes_name, plan.counts))
-    for name in names:
-        if names.count(name) > 1:
-            raise Failure(f"kubernetes would call two process types `{name}`; rename one")
-    for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
-        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
-            raise Failure(f"kubernetes takes no name `{name}`: a letter, then letters, digits and "
-                          "-, at most 63, the last no -")
-
-
 def check_plan(plan):
-    """Raise Failure if no format, or not this one, can take the plan."""
+    """Raise Failure if the formats cannot take the plan."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
         raise Failure(f"the app cannot be named {plan.app!r}; use letters, digits, _ . - with -a")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
@@ -868,8 +869,6 @@ def check_plan(plan):
         raise Failure(f"variables with such names do not pass /bin/sh: {', '.join(names)}")
     if "\n" in exportable("this command line", os.fsencode(plan.mark)):
         raise Failure("this command line has a newline, which a comment cannot have")
-    if plan.format == "kubernetes":
-        check_kubernetes(plan)
 
 
 def export_files(plan, instances):
@@ -2414,11 +2413,10 @@ def load_types(args):
 
 def load_environment(args):
     """Read the environment files; return (their variables, bytes to bytes, the root directory)."""
-    path = procfile_path(args)
-    root = args.root or os.path.dirname(path)
-    if os.path.exists(path) and not os.path.isfile(path):    # such as /dev/stdin
-        root = args.root or ""
-    default, names = os.path.join(root, ".env"), args.env
+    path, names = procfile_path(args), args.env
+    special = os.path.exists(path) and not os.path.isfile(path)    # such as /dev/stdin
+    root = args.root or ("" if special else os.path.dirname(path))
+    default = os.path.join(root, ".env")
     if not names and os.path.lexists(default) and not os.path.isdir(default):    # a virtualenv
         names = [default]
     variables = {}
@@ -2462,7 +2460,7 @@ def output_filter(option, terminal):
 def raise_fd_limit(needed):
     """Allow procrun `needed` file descriptors; return the limits before, for the children."""
     soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and needed > soft:
+    if needed > soft:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         except (ValueError, OSError):    # above the hard limit, or above macOS's own
@@ -2733,11 +2731,6 @@ COMMANDS = {
     "export": (cmd_export, EXPORT), "version": (cmd_version, "")}
 
 
-def usage_error(prog, message):
-    """Raise the error that argparse would print, as one line."""
-    raise UsageError(f"{message} (see {prog} --help)")
-
-
 def make_parser(text, **details):
     """Return an argparse parser for what a text describes, an option or an argument a line.
 
@@ -2745,10 +2738,13 @@ def make_parser(text, **details):
     and what it does, which goes on in lines that begin with a blank.  Options are not guessed from
     their first letters.
     """
+    def error(message):
+        raise UsageError(f"{message} (see {parser.prog} --help)")
+
     # Its width is given, or argparse imports shutil to find it out (3 ms).
     page = partial(argparse.RawDescriptionHelpFormatter, width=100)
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=page, **details)
-    parser.error = partial(usage_error, parser.prog)
+    parser.error = error
     for flags, word, meaning in re.findall(
             r"^(-[^\s,]+(?:, -\S+)?)? ?(\S+(?: \S+)*)?  +(.*(?:\n +.*)*)", text, re.MULTILINE):
         more = {"metavar": word, **WORDS.get(word, {})} if word else {"action": "store_true"}
