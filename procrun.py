@@ -806,8 +806,8 @@ def check_kubernetes(plan):
             raise Failure(f"kubernetes would call two process types `{name}`; rename one")
     for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
-            raise Failure(f"kubernetes takes no name `{name}`: a letter, then letters, digits and "
-                          "-, at most 63, the last no -")
+            raise Failure(f"kubernetes takes no name `{name}`: only a-z, 0-9 and -, at most 63; "
+                          "the first is a letter, the last no -")
 
 
 def export_kubernetes(plan, jobs):
@@ -861,7 +861,7 @@ def check_plan(plan):
         raise Failure(f"there can be no user {plan.user!r}; give another with -u")
     for path in map(os.fsencode, (plan.root, plan.log, plan.location)):
         shown = printable(path)
-        if re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', exportable(f"the path {shown}", path)):
+        if re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', exportable(f"the path `{shown}`", path)):
             raise Failure(f"the path `{shown}` has characters that cannot be exported")
     names = [printable(os.fsencode(name)) for name in plan.variables
              if not re.fullmatch(r"(?a)[A-Za-z_]\w*", name)]
@@ -2355,6 +2355,7 @@ def install(location, staging, files, gone):
     import shutil
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     path, done = location, []
+    os.umask(0o022)
     shutil.rmtree(staging, ignore_errors=True)    # of an export that was killed
     try:
         stage(staging, files)
@@ -2659,7 +2660,6 @@ def cmd_export(args):
             path = f"{plan.location}/{name}"
             print_out(f"[procrun export] would write: {path}, mode {mode:04o}\n{text}")
         return 0
-    os.umask(0o022)
     ours = marked(plan.location, plan.app, MADE_BY % (plan.format, plan.app))
     in_the_way(plan.location, files, ours, args.force)
     gone = sorted(ours.difference(file.path for file in files))
