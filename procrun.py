@@ -1866,7 +1866,7 @@ class Front(Loop):
     failed = None          # the Child whose failure ended the set
     lost = 0               # the exit status for output that could not be written
     attached = None        # the Child that the terminal belongs to
-    attach_first = None    # the one to be attached when it starts
+    attach_first = ()      # the instance that is to be attached when it starts, if any
     in_line = False        # whether what the attached program wrote ends in mid-line
     alternate = b"l"       # whether it uses the alternate screen: b"h"
     held = 0               # bytes of others that are held back meanwhile
@@ -2020,8 +2020,8 @@ class Front(Loop):
         child.pid, child.since = pid, time.monotonic()
         self.say(f"started with pid {pid}, PORT={child.instance.port}", child)
         self.watch_output(child)
-        if child is self.attach_first:
-            self.attach_first = None
+        if child.instance in self.attach_first:
+            self.attach_first = ()
             self.attach(child)
 
     def watch_output(self, child):
@@ -2529,7 +2529,7 @@ def cmd_start(args):
         front = Front(Guard(children, options, terminal), Printer(style, time.time), Sink(1))
     except OSError as error:
         raise Failure(f"cannot open a pipe or PTY, or fork: {error.strerror}")
-    front.attach_first = next((each for each in children if each.instance in attached), None)
+    front.attach_first = attached
     return front.run()
 
 
