@@ -14,7 +14,7 @@ demo:
 	  'worker: n=0; while :; do n=$$((n+1)); echo "job $$n done"; sleep 3; done' \
 	  'clock: while :; do date; sleep 10; done' > $(DEMO)/Procfile
 	@port=$$($(PYTHON) -c 'import socket; print(next(p for p in range(5000, 60000, 100) if socket.socket().connect_ex(("localhost", p))))'); \
-	echo "You see a web server, a worker and a clock run side by side: open http://localhost:$$port/ in a browser, and end them all with Ctrl-C."; \
+	echo "This runs a web server, a worker and a clock side by side: open http://localhost:$$port/ in a browser, and end them all with Ctrl-C."; \
 	$(PYTHON) procrun.py start -f $(DEMO)/Procfile -p $$port $(ARGS) || [ $$? = 130 ]
 
 # The tests run with the first Python that has pytest, $(PYTHON) itself or a virtual environment, in

@@ -20,9 +20,9 @@ Examples:
 While start runs, its terminal takes these commands:
 
     restart [NAME ...]   restart all instances, those of a type (web), or a single one (web.2)
-    stop NAME ...        end them; they stay ended until restart
-    attach NAME          type into a process; Ctrl-D leaves it (under --pty: Ctrl-])
-    ps                   list the instances: pid, PORT, and how long each has run or how it ended
+    stop NAME ...        end instances; they stay ended until restart
+    attach NAME          type to a process, until Ctrl-D (under --pty, or with --attach: Ctrl-])
+    ps [NAME ...]        list the instances: PORT, pid, and how long each has run or how it ended
     help                 list these commands
 
 Exit status of start:
@@ -382,7 +382,7 @@ def check_names(names, known, what="process type"):
     """Raise UsageError for the first of `names` that is not among `known`."""
     for name in names:
         if name not in known:
-            raise UsageError(f"unknown {what} `{name}`; there are {', '.join(known)}")
+            raise UsageError(f"unknown {what} `{name}`; known: {', '.join(known)}")
 
 
 def formation(types, counts, default, names=()):
@@ -858,7 +858,7 @@ def check_plan(plan):
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plan.app):
         raise Failure(f"the app cannot be named {plan.app!r}; use letters, digits, _ . - with -a")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", plan.user):
-        raise Failure(f"there can be no user {plan.user!r}; give another with -u")
+        raise Failure(f"{plan.user!r} is not a valid user name; give another with -u")
     for path in map(os.fsencode, (plan.root, plan.log, plan.location)):
         shown = printable(path)
         if re.search(r'["\\%*?\[\t\n]|\s$|\s[;#]', exportable(f"the path `{shown}`", path)):
@@ -866,7 +866,7 @@ def check_plan(plan):
     names = [printable(os.fsencode(name)) for name in plan.variables
              if not re.fullmatch(r"(?a)[A-Za-z_]\w*", name)]
     if names:
-        raise Failure(f"variables with such names do not pass /bin/sh: {', '.join(names)}")
+        raise Failure(f"/bin/sh drops variables with these names: {', '.join(names)}")
     if "\n" in exportable("this command line", os.fsencode(plan.mark)):
         raise Failure("this command line has a newline, which a comment cannot have")
 
@@ -1596,6 +1596,7 @@ class Guard(Loop):
             self.report("progress")
         elif not self.waiting and not any(child.pid or child.asked == "restart"
                                           for child in self.running.values()):
+            self.say("nothing is running any more")
             self.on_end(self.failed)
         if leaderless and not self.adopts:
             self.after(0.05, self.reap)    # nothing tells when those end
@@ -1850,11 +1851,11 @@ def port_taken(port):
 
 
 TYPED_COMMANDS = """\
-restart [NAME ...]  end them (default: all), and start them again
-stop NAME ...       end them, until they are restarted
-attach NAME         type to it; Ctrl-] (without --pty: Ctrl-D) leaves
-ps                  list the instances
-help                this list"""
+restart [NAME ...]  end instances (default: all) and start them again
+stop NAME ...       end instances; they stay ended until restart
+attach NAME         type to a process, until Ctrl-D or Ctrl-], as it says
+ps [NAME ...]       list the instances
+help                show this list"""
 
 
 class Front(Loop):
@@ -2328,8 +2329,8 @@ def in_the_way(location, files, ours, force):
         if os.path.isdir(path) and not os.path.islink(path):
             raise Failure(f"{path}: is a directory; move it away")
         if os.path.lexists(path) and file.path not in ours and not force:
-            raise Failure(f"{path}: exists and is not of this app and format; move it away, or "
-                          "use --force")
+            raise Failure(f"{path}: already exists, and is not from an export of this app and "
+                          "format; move it away, or use --force")
         if os.path.realpath(os.path.dirname(path)) != os.path.dirname(f"{real}/{file.path}"):
             raise Failure(f"{path}: its folder is a link; move that away")
 
@@ -2373,7 +2374,7 @@ def install(location, staging, files, gone):
             with suppress(OSError):    # its folder, and those above, as far as they are empty
                 os.removedirs(os.path.dirname(path))
     except OSError as error:
-        raise Failure(f"{path}: {error.strerror}; already replaced or removed: "
+        raise Failure(f"{path}: {error.strerror}; replaced or removed so far: "
                       f"{', '.join(done) or 'nothing'}")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -2438,7 +2439,7 @@ def planned(args, types, variables):
     base = base_port(args.port, variables, os.environb)
     instances = expand(types, counts, base)
     if not instances:
-        raise UsageError("nothing to run: what is asked for has a concurrency of 0")
+        raise UsageError("nothing to run: every process type asked for has a concurrency of 0")
     return counts, base, instances
 
 
@@ -2693,7 +2694,7 @@ FORMATION = """
 """
 START = FORMATION + """
 NAME ...                run only these process types
---can-die NAME[,NAME]   an exit 0 of these does not end the others; repeatable
+--can-die NAME[,NAME]   exit status 0 of these does not end the others; repeatable
 --keep-going            no exit of a process ends the others
 --quiet NAME[,NAME]     drop the output of these, but not their starts and ends; repeatable
 --pty                   give each process a terminal of its own
@@ -2765,7 +2766,7 @@ def parse_words(words):
         top.exit(UsageError.status, top.format_help())
     name, *rest = args.words
     if name not in COMMANDS:
-        top.error(f"unknown command `{name}`; there are {', '.join(COMMANDS)}")
+        top.error(f"unknown command `{name}`; known: {', '.join(COMMANDS)}")
     function, text = COMMANDS[name]
     # What stands before the command is in args already, and lists are extended.
     parser = make_parser(COMMON + text, prog=f"procrun {name}", description=function.__doc__)

@@ -1548,10 +1548,10 @@ def test_a_location_that_cannot_be_written_is_named(tmp_path):
 
 @needs("strace")
 @pytest.mark.parametrize("inject, ended, said", [
-    ("write:error=ENOSPC:when=3", 1, rb"procrun: ROOT/out: No space left.* removed: nothing"),
-    ("rename:error=EROFS:when=1", 1, rb"procrun: ROOT/out/myapp.env: .* removed: nothing"),
+    ("write:error=ENOSPC:when=3", 1, rb"procrun: ROOT/out: No space left.* removed so far: nothing"),
+    ("rename:error=EROFS:when=1", 1, rb"procrun: ROOT/out/myapp.env: .* removed so far: nothing"),
     ("rename:error=EROFS:when=3", 1,
-     rb"procrun: ROOT/out/\S+: .* removed: ROOT/out/myapp.env, ROOT/out/myapp-web-1.service\n"),
+     rb"procrun: ROOT/out/\S+: .* removed so far: ROOT/out/myapp.env, ROOT/out/myapp-web-1.service\n"),
     ("unlink:error=EROFS:when=1", 1, rb"procrun: ROOT/out/myapp-old-1.service: .*, ROOT/out/my"),
     ("rename:signal=KILL:when=2", 137, b""), ("write:signal=KILL:when=2", 137, b""),
     ("rename:signal=INT:when=1", 130, b"")])
@@ -3560,7 +3560,7 @@ def test_an_attached_program_has_the_whole_window(tmp_path):
         run.type(b"\x1d")
         run.expect(rb"\| 30 82$")
         run.type(b"attach clock\r")
-        run.expect(rb"unknown name for attach: `clock`; there are web, web\.1$")
+        run.expect(rb"unknown name for attach: `clock`; known: web, web\.1$")
         run.type(b"\x03")
         assert run.wait() == 130
 
@@ -4144,7 +4144,7 @@ def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
                 assert sum(line.startswith(command + b" ")
                            for line in run.lines("system")) == count
         run.type(b"restart nobody\n")
-        run.expect(rb"system \| unknown .*`nobody`; there are ")
+        run.expect(rb"system \| unknown .*`nobody`; known: ")
         run.type(b"stop a\n")
         run.expect(rb"a\.1 +\| terminated by SIGTERM$")
         run.type(b"ps\n")
