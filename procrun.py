@@ -2356,17 +2356,17 @@ def install(location, staging, files, gone):
     import shutil
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     path, done = location, []
+    names = [name for file in files for name in (file.path.partition("/")[0], file.path)]
     os.umask(0o022)
     shutil.rmtree(staging, ignore_errors=True)    # of an export that was killed
     try:
         stage(staging, files)
-        for file in files:
-            for name in file.path.partition("/")[0], file.path:
-                path = f"{location}/{name}"
-                if os.path.lexists(f"{staging}/{name}") and not os.path.isdir(path):
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    os.replace(f"{staging}/{name}", path)
-                    done.append(path)
+        for name in names:
+            path = f"{location}/{name}"
+            if os.path.lexists(f"{staging}/{name}") and not os.path.isdir(path):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                os.replace(f"{staging}/{name}", path)
+                done.append(path)
         for name in gone:
             path = f"{location}/{name}"
             os.unlink(path)
