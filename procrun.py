@@ -2326,7 +2326,7 @@ def in_the_way(location, files, ours, force):
     real = os.path.realpath(location)
     for file in files:
         path = f"{location}/{file.path}"
-        if os.path.isdir(path) and not os.path.islink(path):
+        if os.path.isdir(path):
             raise Failure(f"{path}: is a directory; move it away")
         if os.path.lexists(path) and file.path not in ours and not force:
             raise Failure(f"{path}: already exists, and is not from an export of this app and "

@@ -1350,10 +1350,14 @@ def test_a_directory_where_a_file_should_be(tmp_path, format):
     path = location / sorted(files(location))[-1]
     path.unlink()
     path.joinpath("keep").mkdir(parents=True)
-    before = tree(location)
-    for options in ((), ("--force",)):
-        export(tmp_path, format, location, "-c", "web=2", *options, status=1)
-        assert tree(location) == before
+    for link in (False, True):
+        if link:
+            path.rename(tmp_path / "folder")
+            path.symlink_to(tmp_path / "folder")
+        before = tree(location)
+        for options in ((), ("--force",)):
+            export(tmp_path, format, location, "-c", "web=2", *options, status=1)
+            assert tree(location) == before
 
 
 @pytest.mark.parametrize("format, there", list(zip(FORMATS, [True, False] * 3)))
