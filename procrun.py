@@ -2677,7 +2677,7 @@ def grace_period(text):
     return float(text)
 
 
-# What each command takes, as a manual page has it: --help shows it, and add_options() reads it.
+# What each command takes, as a manual page has it: --help shows it, and make_parser() reads it.
 COMMON = """
 -f, --procfile FILE     the Procfile (default: Procfile in the root directory; - is standard input)
 -d, --root DIR          where the commands run and .env is (default: the Procfile's folder)
