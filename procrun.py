@@ -1704,6 +1704,10 @@ class Guard(Loop):
         if not send_signal(-group, number):
             send_signal(group, number)
 
+    def children_in_group(self, leader):
+        """Return the process ids of a leader's children that have stayed in its group."""
+        return [pid for pid in children_of(leader) if group_of(pid) == leader]
+
     def terminate(self, groups):
         """Send SIGTERM, once, to the leaders of groups, and to whole groups without a leader.  A
         program tells its workers itself; what it leaves gets SIGTERM when it has ended."""
@@ -1725,17 +1729,21 @@ class Guard(Loop):
             if not self.adopts:
                 return send_signal(-leader, signal.SIGTERM)    # nothing tells what it runs
             # Looked for before the signal: a trap of its own may start a program.
-            runs = [pid for pid in children_of(leader) if group_of(pid) == leader]
-            self.after(SETTLING, partial(self.terminate_program, child, leader))
+            runs = self.children_in_group(leader)
+            if b"trap" not in child.instance.command:
+                self.after(SETTLING, partial(self.terminate_late, child, leader, runs))
         send_signal(leader, signal.SIGTERM)
         for pid in runs:
             self.send_sigterm(pid, [pid])
 
-    def terminate_program(self, child, leader):
-        """Send SIGTERM to the program that has replaced a shell just after that got one, which is
-        lost with the shell: dash notes it, and an `exec` forgets it."""
+    def terminate_late(self, child, leader, runs):
+        """Send SIGTERM to what a shell has become or started when it got one: dash notes a signal,
+        and then an `exec` forgets it, or a program that was just started is waited for."""
         if child.pid == leader and not is_shell(leader):
             send_signal(leader, signal.SIGTERM)
+        elif child.pid == leader:
+            for pid in set(self.children_in_group(leader)) - set(runs):
+                send_signal(pid, signal.SIGTERM)
 
     def send_sigterm(self, target, pids):
         """Send SIGTERM to a process or group (see send_signal()) that consists of `pids`.
@@ -2052,7 +2060,8 @@ class Front(Loop):
         others = any(child.last for child in self.children if child is not self.failed)
         if self.failed and self.failed.last and others and os.isatty(1):
             self.say(f"last lines of {self.failed.name}:")
-            self.printer.feed(self.failed, b"".join(self.failed.last.splitlines(True)[-10:]))
+            lines = self.failed.last.rstrip(b"\n").split(b"\n")
+            self.printer.feed(self.failed, b"\n".join(lines[-10:]))
             self.end_line(self.failed)
 
     def end_line(self, child):
@@ -2163,10 +2172,14 @@ class Front(Loop):
             self.set_limit(self.options.grace + 1)
 
     def reap(self):
-        """Reap what has ended: the guard, and as process 1 of a container others' orphans."""
+        """Reap what has ended: the guard, and as process 1 of a container others' orphans.  Wake
+        the guard if a child has stopped it."""
         with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
+            pid = None
+            while pid != 0:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+                if pid == self.guard and os.WIFSTOPPED(status):
+                    os.kill(pid, signal.SIGCONT)
 
     def resize(self):
         """Give the PTYs the size of the terminal less the prefix, or 80x24 without a terminal."""
@@ -2277,6 +2290,8 @@ class Front(Loop):
 
     def type(self, data=b""):
         """Write to the attached program; what it does not take now is written later."""
+        if not self.attached:
+            return    # it was detached by what was read at the same time
         fd = self.attached.input
         self.typed += data
         if fd in self.always.get_map():
