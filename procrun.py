@@ -2755,6 +2755,7 @@ def make_parser(text, **details):
     their first letters.
     """
     def error(message):
+        """Raise an error of argparse, which would exit, as one line."""
         raise UsageError(f"{message} (see {parser.prog} --help)")
 
     # Its width is given, or argparse imports shutil to find it out (3 ms).
