@@ -1927,8 +1927,7 @@ class Front(Loop):
         if self.sink.is_pipe:
             # Nothing can be read there, but epoll and kqueue tell so that the reader is gone;
             # writing then finds it out.
-            self.busy.register(self.sink.fd, EVENT_READ,
-                               partial(self.queue.append, b"\n"))
+            self.busy.register(self.sink.fd, EVENT_READ, partial(self.queue.append, b"\n"))
         if self.terminal:
             self.watch_terminal()
             if self.terminal.is_ours():
@@ -2161,8 +2160,8 @@ class Front(Loop):
                 self.reap()
 
     def on_ending_signal(self, number):
-        """Pass an ending signal on to the guard.  When the guard has ended, only stdout is waited
-        for, and a second signal ends that."""
+        """Pass an ending signal on to the guard.  When the guard has ended, procrun waits for
+        stdout alone, and a second signal ends that."""
         now = time.monotonic()
         if self.reports is None and self.signalled and now > self.signalled + ONE_REQUEST:
             return self.on_limit()
@@ -2311,7 +2310,7 @@ class Front(Loop):
 def begins_with(path, pattern):
     """Whether a file can be read and begins as the compiled pattern says; links do not count."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)    # a FIFO would block
         with open(fd, "rb") as file:
             return bool(pattern.match(file.read(CHUNK)))
     except OSError:
@@ -2386,7 +2385,9 @@ def install(location, staging, files, gone):
             path = f"{location}/{name}"
             os.unlink(path)
             done.append(path)
-            with suppress(OSError):    # its folder, and those above, as far as they are empty
+            # Its folder, and those above, as far as they are empty: the location is not, as the
+            # staging folder is there.
+            with suppress(OSError):
                 os.removedirs(os.path.dirname(path))
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; replaced or removed so far: "

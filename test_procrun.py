@@ -3568,6 +3568,30 @@ def test_an_attached_program_gets_every_key_but_one(tmp_path):
         run.end("TERM")
 
 
+@needs_linux
+def test_what_was_not_taken_before_detach_is_dropped(tmp_path):
+    """Ctrl-D, and that the program reads again, are seen at the same time."""
+    app = procfile(tmp_path, "web: echo up; " + UNTIL_GO + "exec cat >got\n")
+    with Terminal(app, "start") as run:
+        run.expect(rb"\| up$")
+        run.type(b"attach web\n")
+        run.expect(rb"attached to web\.1")
+        for _ in range(40):    # more than its stdin holds
+            run.type(b"x" * 200 + b"\n")
+            run.read(0.01)
+        eventually(lambda: run.read(0) and idle(run))
+        run.signal(signal.SIGSTOP)
+        eventually(lambda: is_stopped(run.pid))
+        run.type(b"\x04")
+        app.joinpath("go").touch()
+        eventually(lambda: app.joinpath("got").exists() and app.joinpath("got").stat().st_size)
+        run.signal(signal.SIGCONT)
+        run.type(b"ps\n")
+        run.expect(rb"web\.1  PORT=\d+, pid")
+        run.end("TERM")
+        assert b"Traceback" not in run.output
+
+
 def test_an_attached_program_has_the_whole_window(tmp_path):
     app = procfile(tmp_path, "web: trap 'stty size' WINCH; echo up; %s\n" % LOOP)
     with Terminal(app, "start", "--pty", size=(30, 100)) as run:
@@ -3698,16 +3722,16 @@ def test_quiet_drops_output_and_tells_exits(tmp_path):
     ("trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.1; done", True),
     ("echo up; exec sleep 300", False)])
 def test_last_lines_of_what_failed_are_shown_again(tmp_path, other, again):
-    app = procfile(tmp_path, "web: for n in $(seq 20); do echo line $n; done; printf half; "
+    app = procfile(tmp_path, "web: for n in $(seq 20); do echo line $n; done; printf 'half\\r50'; "
                              + UNTIL_GO + "exit 3\nworker: %s\n" % other)
     with Terminal(app, "start") as run:
         run.expect(rb"line 20$")
         run.expect(rb"\| up$")
         app.joinpath("go").touch()
         assert run.wait() == 3
-        shown = run.output.partition(b"last lines of web.1:\n")[2].splitlines()
-        assert [line[9:] for line in shown] == (
-            [b"web.1    | line %d" % n for n in range(12, 21)] + [b"web.1    | half"]
+        shown = run.output.partition(b"last lines of web.1:\n")[2].split(b"\n")[:-1]
+        assert [re.sub(rb"\r.*\| ", b"\r", line[9:]) for line in shown] == (
+            [b"web.1    | line %d" % n for n in range(12, 21)] + [b"web.1    | half\r50"]
             if again else [])
 
 
