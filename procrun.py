@@ -357,11 +357,6 @@ class Instance(namedtuple("Instance", "type number port command")):
         return f"{self.type}.{self.number}"
 
     @property
-    def dashed(self):
-        """Its name where a dot will not do: web-1."""
-        return f"{self.type}-{self.number}"
-
-    @property
     def variables(self):
         """What it adds to the environment (bytes to bytes)."""
         return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
@@ -444,8 +439,8 @@ def selected(names, instances, option):
 
 # Export: instances -> files ----------------------------------------------------------------------
 
-File = namedtuple("File", "path mode text")
-File.__doc__ = "A file to be written: its path below the location, its permission bits, its text."
+# Each format is a generator: it takes the Plan and the list of Jobs, and yields the files as tuples
+# of path below the location, permission bits and text.
 
 Plan = namedtuple("Plan", "format app user group root log grace mark variables counts image "
                           "user_units location")
@@ -524,17 +519,7 @@ def upstart_word(text):
     return "'" + text.replace("\\", "\\\\").replace("'", "'\"'\"'") + "'"
 
 
-def export_upstart(plan, jobs):
-    """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
-
-    Its parser alters `exec` and `env` lines, but keeps a script as it is, except for a line
-    `end script`; and it passes a script of several lines through a pipe, not in argv.
-    """
-    for job in jobs:
-        output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
-        script = f"{shell_variables(plan, job)}{output}exec /bin/sh -c {shell_quote(job.text)}"
-        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
-        yield File(f"{job.id}.conf", 0o600, f"""# {plan.mark}
+UPSTART_JOB = """# {plan.mark}
 description "{plan.app} {job.name}"
 start on starting {plan.app}-{job.type}
 stop on stopping {plan.app}-{job.type}
@@ -542,36 +527,37 @@ respawn
 respawn limit unlimited
 kill timeout {plan.grace}
 setuid {plan.user}
-setgid {upstart_word(plan.group or plan.user)}
-chdir {upstart_word(plan.root)}
+setgid {group}
+chdir {root}
 script
 {script}
 end script
 # Upstart respawns without a pause.
 post-stop exec sleep 1
-""")
-    for name in dict.fromkeys(f"{plan.app}-{job.type}" for job in jobs):
-        yield File(f"{name}.conf", 0o644,
-                   f"# {plan.mark}\nstart on starting {plan.app}\nstop on stopping {plan.app}\n")
-    yield File(f"{plan.app}.conf", 0o644,
-               f"# {plan.mark}\nstart on runlevel [2345]\nstop on runlevel [!2345]\n")
+"""
 
 
-# The PATH is the app's; MAINPID is empty if the leader ended by itself.
-SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$pid" ] || exit 0; '
-                "%s; while kill -0 $pid; do sleep 0.1; done")
+def export_upstart(plan, jobs):
+    """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
+
+    Its parser alters `exec` and `env` lines, but keeps a script as it is, except for a line
+    `end script`; and it passes a script of several lines through a pipe, not in argv.
+    """
+    group, root = upstart_word(plan.group or plan.user), upstart_word(plan.root)
+    for job in jobs:
+        output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
+        script = f"{shell_variables(plan, job)}{output}exec /bin/sh -c {shell_quote(job.text)}"
+        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
+        yield f"{job.id}.conf", 0o600, UPSTART_JOB.format(
+            plan=plan, job=job, group=group, root=root, script=script)
+    for name in dict.fromkeys(job.type for job in jobs):
+        yield f"{plan.app}-{name}.conf", 0o644, (
+            "# {0.mark}\nstart on starting {0.app}\nstop on stopping {0.app}\n".format(plan))
+    yield f"{plan.app}.conf", 0o644, (
+        f"# {plan.mark}\nstart on runlevel [2345]\nstop on runlevel [!2345]\n")
 
 
-def systemd_word(text):
-    """Quote a text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
-    return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
-
-
-def systemd_service(plan, job):
-    """Return the text of an instance's unit."""
-    user = "" if plan.user_units else f"User={plan.user}\n"
-    log = f"StandardOutput=append:{job.log}\nStandardError=inherit\n" if job.log else ""
-    return f"""# {plan.mark}
+SYSTEMD_SERVICE = """# {plan.mark}
 [Unit]
 Description={plan.app} {job.name}
 PartOf={plan.app}-{job.type}.target
@@ -582,21 +568,29 @@ StartLimitIntervalSec=0
 {user}WorkingDirectory={plan.root}
 EnvironmentFile={plan.location}/{plan.app}.env
 Environment=PORT={job.port} PS={job.name}
-ExecStart=/bin/sh -c {systemd_word(job.text)}
+ExecStart=/bin/sh -c {start}
 # First the leader; what is left then gets SIGTERM, the same time again, and SIGKILL.
-ExecStop=/bin/sh -c {systemd_word(SYSTEMD_STOP % stop_leader(job.text))}
+ExecStop=/bin/sh -c {stop}
 Restart=always
 RestartSec=1
 TimeoutStopSec={plan.grace}
 SuccessExitStatus=143
 SyslogIdentifier={job.id}
 {log}"""
+SYSTEMD_TARGET = """# {plan.mark}
+[Unit]
+Description={name}
+Wants={wants}
+{more}
+"""
+# The PATH is the app's; MAINPID is empty if the leader ended by itself.
+SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$pid" ] || exit 0; '
+                "%s; while kill -0 $pid; do sleep 0.1; done")
 
 
-def systemd_target(plan, name, wants, more):
-    """Return the target `name`, of the app or of a process type, which wants other units."""
-    return File(f"{name}.target", 0o644, f"# {plan.mark}\n[Unit]\nDescription={name}\n"
-                                         f"Wants={' '.join(wants)}\n{more}\n")
+def systemd_word(text):
+    """Quote a text as one word of ExecStart=; see systemd.service(5), systemd.syntax(7)."""
+    return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
 
 
 def export_systemd(plan, jobs):
@@ -606,17 +600,22 @@ def export_systemd(plan, jobs):
     lines = [f"# {plan.mark}\n"]
     for name, value in plan.variables.items():
         lines.append('%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value)))
-    yield File(f"{plan.app}.env", 0o600, "".join(lines))
-    units = {}
+    yield f"{plan.app}.env", 0o600, "".join(lines)
+    user = "" if plan.user_units else f"User={plan.user}\n"
+    app, units = f"{plan.app}.target", {}
     for job in jobs:
         units.setdefault(f"{plan.app}-{job.type}", []).append(f"{job.id}.service")
-        yield File(f"{job.id}.service", 0o644, systemd_service(plan, job))
+        log = f"StandardOutput=append:{job.log}\nStandardError=inherit\n" if job.log else ""
+        yield f"{job.id}.service", 0o644, SYSTEMD_SERVICE.format(
+            plan=plan, job=job, user=user, log=log, start=systemd_word(job.text),
+            stop=systemd_word(SYSTEMD_STOP % stop_leader(job.text)))
     for name, wants in units.items():
-        app = f"{plan.app}.target"
-        yield systemd_target(plan, name, wants, f"PartOf={app}\nAfter={app}")
+        yield f"{name}.target", 0o644, SYSTEMD_TARGET.format(
+            plan=plan, name=name, wants=" ".join(wants), more=f"PartOf={app}\nAfter={app}")
     wanted_by = "default" if plan.user_units else "multi-user"
-    yield systemd_target(plan, plan.app, [f"{name}.target" for name in units],
-                         f"\n[Install]\nWantedBy={wanted_by}.target")
+    yield app, 0o644, SYSTEMD_TARGET.format(
+        plan=plan, name=plan.app, wants=" ".join(f"{name}.target" for name in units),
+        more=f"\n[Install]\nWantedBy={wanted_by}.target")
 
 
 def export_launchd(plan, jobs):
@@ -631,10 +630,24 @@ def export_launchd(plan, jobs):
             KeepAlive=True, RunAtLoad=True, ThrottleInterval=1, ExitTimeOut=plan.grace)
         if job.log:
             keys.update(StandardOutPath=job.log, StandardErrorPath=job.log)
-        text = plistlib.dumps(keys).decode().replace("<plist", comment, 1)
-        yield File(f"{job.id}.plist", 0o600, text)
+        yield f"{job.id}.plist", 0o600, plistlib.dumps(keys).decode().replace("<plist", comment, 1)
 
 
+SUPERVISORD_PROGRAM = """
+[program:{job.id}]
+command=/bin/sh -c {command}
+directory={plan.root}
+user={plan.user}
+environment=PROCRUN="{environment}"
+autostart=true
+autorestart=true
+startsecs=0
+stopsignal=TERM
+stopwaitsecs={plan.grace}
+stopasgroup=true
+killasgroup=true
+redirect_stderr=true
+{log}"""
 SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
 
 
@@ -661,32 +674,27 @@ def export_supervisord(plan, jobs):
         environment = exportable(f"the whole environment of {job.name}",
                                  printf_word(shell_variables(plan, job)))
         log = f"stdout_logfile={job.log}\n" if job.log else ""
-        text += f"""
-[program:{job.id}]
-command=/bin/sh -c {supervisor_word(SUPERVISORD_START + job.text)}
-directory={plan.root}
-user={plan.user}
-environment=PROCRUN="{environment}"
-autostart=true
-autorestart=true
-startsecs=0
-stopsignal=TERM
-stopwaitsecs={plan.grace}
-stopasgroup=true
-killasgroup=true
-redirect_stderr=true
-{log}"""
+        text += SUPERVISORD_PROGRAM.format(
+            plan=plan, job=job, command=supervisor_word(SUPERVISORD_START + job.text),
+            environment=environment, log=log)
     programs = ",".join(job.id for job in jobs)
-    yield File(f"{plan.app}.conf", 0o600, f"{text}\n[group:{plan.app}]\nprograms={programs}\n")
+    yield f"{plan.app}.conf", 0o600, f"{text}\n[group:{plan.app}]\nprograms={programs}\n"
 
 
-def runit_stop_files(plan, job):
-    """The scripts for a stop: control/t ends the leader, finish ends what it has left."""
-    yield File(f"{job.id}/control/t", 0o755, f"""#!/bin/sh
+# The files of a service directory.  The file `run` comes last, because runsvdir starts a service as
+# soon as it has one.
+RUNIT = {
+    "environment": """# {plan.mark}
+{variables}""",
+    "log/run": """#!/bin/sh
+# {plan.mark}
+mkdir -p main && exec svlogd -tt main
+""",
+    "control/t": """#!/bin/sh
 # {plan.mark}
 # First the leader.
 read -r pid <supervise/pid || exit 1
-{stop_leader(job.text)}
+{stop}
 (n=0
 while [ $n -lt {plan.grace} ]; do
   sleep 1
@@ -694,47 +702,46 @@ while [ $n -lt {plan.grace} ]; do
   n=$((n+1))
 done
 kill -KILL $pid -$pid) >/dev/null 2>&1 &
-""")
-    yield File(f"{job.id}/finish", 0o755, f"""#!/bin/sh
+""",
+    "finish": """#!/bin/sh
 # {plan.mark}
 # Then what the leader has left in its group.
 exec 2>/dev/null
 read -r group <supervise/group || exit 0
 kill -TERM -$group
 n=0
-while [ $n -lt {10 * plan.grace} ] && kill -0 -$group; do
+while [ $n -lt {tenths} ] && kill -0 -$group; do
   sleep 0.1
   n=$((n+1))
 done
 kill -KILL -$group
 rm -f supervise/group
-""")
+""",
+    "run": """#!/bin/sh
+# {plan.mark}
+echo $$ >supervise/group
+exec {output}2>&1 3<environment
+cd {root} || exit 111
+exec chpst -P -u {plan.user} /bin/sh -c {word}
+"""}
 
 
 def export_runit(plan, jobs):
     """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).
 
     chpst's environment files lose trailing blanks.  So root opens one file and the user's shell
-    reads it; thus no variable, such as PATH or LD_PRELOAD, takes effect for root.  The file `run`
-    comes last, because runsvdir starts a service as soon as it has one.
+    reads it; thus no variable, such as PATH or LD_PRELOAD, takes effect for root.
     """
     for job in jobs:
-        yield File(f"{job.id}/environment", 0o600, f"# {plan.mark}\n{shell_variables(plan, job)}")
-        if not job.log:
-            yield File(f"{job.id}/log/run", 0o755, f"""#!/bin/sh
-# {plan.mark}
-mkdir -p main && exec svlogd -tt main
-""")
-        yield from runit_stop_files(plan, job)
-        output = f">>{shell_quote(job.log)} " if job.log else ""
-        word = shell_quote(f'eval "$(cat <&3)"; exec 3<&-; {job.text}')
-        yield File(f"{job.id}/run", 0o755, f"""#!/bin/sh
-# {plan.mark}
-echo $$ >supervise/group
-exec {output}2>&1 3<environment
-cd {shell_quote(plan.root)} || exit 111
-exec chpst -P -u {plan.user} /bin/sh -c {word}
-""")
+        values = dict(
+            plan=plan, variables=shell_variables(plan, job), stop=stop_leader(job.text),
+            tenths=10 * plan.grace, output=f">>{shell_quote(job.log)} " if job.log else "",
+            root=shell_quote(plan.root),
+            word=shell_quote(f'eval "$(cat <&3)"; exec 3<&-; {job.text}'))
+        for name, text in RUNIT.items():
+            mode = 0o600 if name == "environment" else 0o755
+            if name != "log/run" or not job.log:
+                yield f"{job.id}/{name}", mode, text.format(**values)
 
 
 def kubernetes_word(text):
@@ -824,7 +831,7 @@ def export_kubernetes(plan, jobs):
     values = dict(plan._asdict(), part="env", data=data,
                   digest=hashlib.sha256(data.encode()).hexdigest(),
                   directory=f'"workingDir": "{plan.root}",' if plan.root else "")
-    yield File(f"{plan.app}-secret.json", 0o600, KUBERNETES_SECRET % values)
+    yield f"{plan.app}-secret.json", 0o600, KUBERNETES_SECRET % values
     items = []
     for job in jobs:
         values.update(part=kubernetes_name(job.type), replicas=plan.counts[job.type],
@@ -834,23 +841,18 @@ def export_kubernetes(plan, jobs):
             values.update(strategy="", ports=KUBERNETES_PORTS % job.port)
             items.append(KUBERNETES_SERVICE % values)
         items.append(KUBERNETES_DEPLOYMENT % values)
-    yield File(f"{plan.app}.json", 0o644, '{"apiVersion": "v1", "kind": "List", "items": [\n'
-               + ",\n".join(items) + "]}\n")
+    yield f"{plan.app}.json", 0o644, (
+        '{"apiVersion": "v1", "kind": "List", "items": [\n' + ",\n".join(items) + "]}\n")
 
 
-Format = namedtuple("Format", "function start")
-Format.__doc__ = "An export format: its generator of files, and the command that starts the app."
-
-FORMATS = {
-    "upstart": Format(export_upstart, "start {app}"),
-    "systemd": Format(export_systemd,
-                      "systemctl daemon-reload && systemctl enable --now {app}.target"),
-    "launchd": Format(export_launchd, "launchctl bootstrap system {location}/{app}-*.plist"),
-    "supervisord": Format(export_supervisord, "supervisorctl update"),
-    "runit": Format(export_runit, "ln -s {location}/{app}-* /etc/service/"),
-    "kubernetes": Format(export_kubernetes, "kubectl apply --server-side "
-                         "-f {location}/{app}-secret.json -f {location}/{app}.json"),
-}
+FORMATS = {    # the generator of the files, and the command that starts the app
+    "upstart": (export_upstart, "start {app}"),
+    "systemd": (export_systemd, "systemctl daemon-reload && systemctl enable --now {app}.target"),
+    "launchd": (export_launchd, "launchctl bootstrap system {location}/{app}-*.plist"),
+    "supervisord": (export_supervisord, "supervisorctl update"),
+    "runit": (export_runit, "ln -s {location}/{app}-* /etc/service/"),
+    "kubernetes": (export_kubernetes, "kubectl apply --server-side "
+                   "-f {location}/{app}-secret.json -f {location}/{app}.json")}
 
 
 def check_plan(plan):
@@ -872,18 +874,19 @@ def check_plan(plan):
 
 
 def export_files(plan, instances):
-    """Return the files of an export; raises Failure if something cannot be exported."""
+    """Return {path: (mode, text)} of an export; raises Failure if something cannot be exported."""
     check_plan(plan)
     jobs = []
     for each in instances:
-        if each.dashed in plan.counts:
-            raise Failure(f"{each.name} and the process type {each.dashed} would collide; "
-                          "rename one")
+        dashed = f"{each.type}-{each.number}"
+        if dashed in plan.counts:
+            raise Failure(f"{each.name} and the process type {dashed} would collide; rename one")
         text = exportable(f"the command of {each.type}", shell_text(each.command))
-        log = f"{plan.log}/{each.dashed}.log" if plan.log else ""
-        jobs.append(Job(each.name, each.type, each.port, text, f"{plan.app}-{each.dashed}", log,
+        log = f"{plan.log}/{dashed}.log" if plan.log else ""
+        jobs.append(Job(each.name, each.type, each.port, text, f"{plan.app}-{dashed}", log,
                         {**plan.variables, "PORT": str(each.port), "PS": each.name}))
-    return list(FORMATS[plan.format].function(plan, jobs))
+    generate, _ = FORMATS[plan.format]
+    return {path: (mode, text) for path, mode, text in generate(plan, jobs)}
 
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
@@ -2338,14 +2341,14 @@ def in_the_way(location, files, ours, force):
     """Raise Failure if something stands where a file or its folder is to be: a file that is not
     among `ours`, or a link in place of a folder."""
     real = os.path.realpath(location)
-    for file in files:
-        path = f"{location}/{file.path}"
+    for name in files:
+        path = f"{location}/{name}"
         if os.path.isdir(path):
             raise Failure(f"{path}: is a directory; move it away")
-        if os.path.lexists(path) and file.path not in ours and not force:
+        if os.path.lexists(path) and name not in ours and not force:
             raise Failure(f"{path}: already exists, and is not from an export of this app and "
                           "format; move it away, or use --force")
-        if os.path.realpath(os.path.dirname(path)) != os.path.dirname(f"{real}/{file.path}"):
+        if os.path.realpath(os.path.dirname(path)) != os.path.dirname(f"{real}/{name}"):
             raise Failure(f"{path}: its folder is a link; move that away")
 
 
@@ -2353,7 +2356,7 @@ def stage(folder, files):
     """Write all files to disk below a new folder; each has its permission bits from its first byte
     on."""
     os.makedirs(folder, 0o700)
-    for path, mode, text in files:
+    for path, (mode, text) in files.items():
         os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
         with open(f"{folder}/{path}", "xb", opener=partial(os.open, mode=mode)) as file:
             file.write(text.encode())
@@ -2370,7 +2373,7 @@ def install(location, staging, files, gone):
     import shutil
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     path, done = location, []
-    names = [name for file in files for name in (file.path.partition("/")[0], file.path)]
+    names = [name for path in files for name in (path.partition("/")[0], path)]
     os.umask(0o022)
     shutil.rmtree(staging, ignore_errors=True)    # of an export that was killed
     try:
@@ -2642,10 +2645,10 @@ def warn(plan):
 
 def tell_done(plan, files, gone):
     """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
-    start = FORMATS[plan.format].start.format(app=plan.app, location=shell_quote(plan.location))
+    start = FORMATS[plan.format][1].format(app=plan.app, location=shell_quote(plan.location))
     if plan.user_units and plan.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
-    lines = [f"writing: {plan.location}/{file.path}" for file in files]
+    lines = [f"writing: {plan.location}/{name}" for name in files]
     lines += [f"removing: {plan.location}/{name}" for name in gone]
     lines += [f"start it with: {start}"]
     try:
@@ -2673,13 +2676,13 @@ def cmd_export(args):
     warn(plan)
     if args.dry_run:
         masked = plan._replace(variables=dict.fromkeys(plan.variables, "********"))
-        for name, mode, text in export_files(masked, instances):
+        for name, (mode, text) in export_files(masked, instances).items():
             path = f"{plan.location}/{name}"
             print_out(f"[procrun export] would write: {path}, mode {mode:04o}\n{text}")
         return 0
     ours = marked(plan.location, plan.app, MADE_BY % (plan.format, plan.app))
     in_the_way(plan.location, files, ours, args.force)
-    gone = sorted(ours.difference(file.path for file in files))
+    gone = sorted(ours.difference(files))
     staging = f"{plan.location}/.procrun-{plan.format}-{plan.app}"
     install(plan.location, staging, files, gone)
     tell_done(plan, files, gone)
