@@ -155,19 +155,17 @@ ProcessType = namedtuple("ProcessType", "name command")
 ProcessType.__doc__ = "A process type of the Procfile: its name (str) and its command (bytes)."
 
 
-def logical_lines(text):
-    """Yield (number, line) for each line; one that ends in a backslash is joined with the next."""
-    parts, first = [], 1
-    for number, line in enumerate(text.split(b"\n"), 1):
-        # As for the shell, an even number of backslashes escapes itself; a comment never goes on.
-        backslashes = len(line) - len(line.rstrip(b"\\"))
-        if backslashes % 2 and (parts or not line.lstrip().startswith(b"#")):
-            parts.append(line[:-1])
-        else:
-            yield first, b"".join(parts + [line])
-            parts, first = [], number + 1
-    if parts:
-        yield first, b"".join(parts) + b"\\"
+# A line with those that continue it, each after a backslash that no other backslash escapes.  As
+# for the shell, a comment never goes on.
+PROCFILE_LINE = rb"(?s)([^\S\n]*#[^\n]*|(?:[^\\\n]+|\\.)*\\?)(?:\n|\Z)"
+
+
+def numbered(pattern, text):
+    """Yield (line number, match) for each match of a pattern in the text of a file (bytes)."""
+    number = 1
+    for match in re.finditer(pattern, plain_lines(text)):
+        yield number, match
+        number += match[0].count(b"\n")
 
 
 def entry_problem(line, lines):
@@ -202,31 +200,34 @@ def parse_procfile(text, source="Procfile"):
     Raises Failure with the first ten errors and a count, or if there is no process type at all.
     """
     types, lines, problems = [], {}, Problems()
-    for number, line in logical_lines(plain_lines(text)):
+    for number, match in numbered(PROCFILE_LINE, text):
+        line = re.sub(rb"(\\[^\n])|\\\n", rb"\1", match[1])
+        name, _, command = line.partition(b":")
+        problem = entry_problem(line, lines)
         if is_comment(line):
             continue
-        problem = entry_problem(line, lines)
-        name, _, command = line.partition(b":")
         if problem:
             problems.add(source, number, problem)
         else:
             types.append(ProcessType(name.decode(), command.lstrip(b" \t")))
             lines[name] = number
-    if not types and not problems:
-        problems = [f"{source}: no process types; write a line such as `web: python app.py`"]
     if problems:
         raise Failure(*problems)
+    if not types:
+        raise Failure(f"{source}: no process types; write a line such as `web: python app.py`")
     return types
 
 
 # Environment: text -> variables ------------------------------------------------------------------
 
-# An entry: its name; a 'literal' value; an "escaped" one, whose closing quote follows an even
-# number of backslashes; a quote that is never closed; a bare value; what follows the value.
+# Any line; if it is an entry: its name; a 'literal' value; an "escaped" one, whose closing quote
+# follows an even number of backslashes; a quote that is never closed (with all that follows); a
+# bare value.  Then the rest of the line.
 ENV_ENTRY = rb"""(?xs)
-    [ \t]* (?: export [ \t]+ )? ( [^\0- \x7f='"\#] [^\0- \x7f='"]* ) [ \t]* =
-    (?: [ \t]* (?: '([^']*)' | "(.*?(?<!\\)(?:\\\\)*)" | (['"]) ) | ([^\n]*?)(?=[ \t]\#|\n) )
-    ([^\n]*)"""
+    (?: [ \t]* (?: export [ \t]+ )? ( [^\0- \x7f='"\#] [^\0- \x7f='"]* ) [ \t]* =
+        (?: [ \t]* (?: '([^']*)' | "(.*?(?<!\\)(?:\\\\)*)" | (['"]) .* )
+          | ([^\n]*?) (?= [ \t]\# | \n ) )
+    )? ([^\n]*) \n"""
 ENV_ESCAPES = {b"n": b"\n", b"t": b"\t"}    # others stand for themselves
 # One that is never closed is matched, too: if it were not, a value that is full of them would take
 # hours, because each would look for its } up to the end.
@@ -251,33 +252,26 @@ def expand_value(value, escapes, known):
     return re.sub(escapes + ENV_EXPANSION, replacement, value), missing
 
 
-def parse_entry(text, start, known):
-    """Parse the entry of a .env file (bytes) that begins at `start`; see parse_env().
+def entry_value(entry, known):
+    """Return (value, the undefined names in it) of a match of ENV_ENTRY; see parse_env().
 
-    Return (name, value, the undefined names in it, where its last line ends); the name of a blank
-    line or a comment is None.  Raises ValueError(what is wrong, where its last line ends).
+    Raises ValueError that says what is wrong, and does not show the line, which may be a secret.
     """
-    entry, missing = re.compile(ENV_ENTRY).match(text, start), ()
-    end = text.index(b"\n", start)
-    if not entry and is_comment(text[start:end]):
-        return None, None, (), end
-    if not entry:
-        raise ValueError("expected NAME=value", end)    # not shown: it may be a secret
-    (name, value, escaped, quote, bare, rest), end = entry.groups(), entry.end()
+    name, value, escaped, quote, bare, rest = entry.groups()
+    missing = ()
+    if not name:
+        raise ValueError("expected NAME=value")
     if quote:
-        raise ValueError(f"the quote {quote.decode()} is never closed", len(text))
+        raise ValueError(f"the quote {quote.decode()} is never closed")
+    if not is_comment(rest):
+        raise ValueError("text after the closing quote; only a comment may follow")
     if bare is not None:
         value, missing = expand_value(bare.strip(b" \t"), rb"\\(\$)(?=\{)", known)
-    elif not is_comment(rest):
-        raise ValueError("text after the closing quote; only a comment may follow", end)
     elif escaped is not None:
         value, missing = expand_value(escaped, rb'\\([nt"\\$])', known)
     if b"\0" in value:
-        raise ValueError("NUL byte in the value; remove it", end)
-    if len(value) > MOST_VALUE:
-        # The rest is not read: it could make a longer one of this, line by line.
-        raise ValueError("the value is longer than 1 MiB", len(text))
-    return name, value, missing, end
+        raise ValueError("NUL byte in the value; remove it")
+    return value, missing
 
 
 def parse_env(text, source=".env", environment=()):
@@ -298,22 +292,22 @@ def parse_env(text, source=".env", environment=()):
     Any other $ stays as it is, and what was put in is not expanded again.  The later of two lines
     wins.  Raises Failure with the first ten errors and a count; it shows no value.
     """
-    text = plain_lines(text + b"\n")
     variables, known, problems, warnings = {}, dict(environment), Problems(), Problems()
-    start, number = 0, 1
-    while start < len(text):
+    for number, entry in numbered(ENV_ENTRY, text + b"\n"):
+        if is_comment(entry[0]):
+            continue
         try:
-            name, value, missing, end = parse_entry(text, start, known)
-            if name:
-                variables[name] = known[name] = value
-            for each in missing:
-                warning = f"warning: ${{{each}}} is not defined, so it is empty"
-                warnings.add(source, number, warning)
+            value, missing = entry_value(entry, known)
         except ValueError as error:
-            problem, end = error.args
-            problems.add(source, number, problem)
-        number += text.count(b"\n", start, end + 1)
-        start = end + 1
+            problems.add(source, number, error)
+            continue
+        variables[entry[1]] = known[entry[1]] = value
+        for name in missing:
+            warnings.add(source, number, f"warning: ${{{name}}} is not defined, so it is empty")
+        if len(value) > MOST_VALUE:
+            # The rest is not read: it could make a longer one of this, line by line.
+            problems.add(source, number, "the value is longer than 1 MiB")
+            break
     if problems:
         raise Failure(*problems)
     return variables, warnings
@@ -362,17 +356,6 @@ class Instance(namedtuple("Instance", "type number port command")):
         return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
 
 
-def parse_counts(items):
-    """Return {name: count} of a formation such as ["web=2", "worker=4"]; raises UsageError."""
-    counts = {}
-    for item in items:
-        match = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]{1,5})\s*", item)
-        if not match:
-            raise UsageError(f"expected NAME=N with a whole number N, found `{item}`")
-        counts[match[1]] = int(match[2])
-    return counts
-
-
 def check_names(names, known, what="process type"):
     """Raise UsageError for the first of `names` that is not among `known`."""
     for name in names:
@@ -380,13 +363,18 @@ def check_names(names, known, what="process type"):
             raise UsageError(f"unknown {what} `{name}`; known: {', '.join(known)}")
 
 
-def formation(types, counts, default, names=()):
+def formation(types, items, default, names=()):
     """Return {process type: count} in Procfile order.
 
-    A type has the count that `counts` gives it, else that of "all" in `counts`, else `default`.
-    If there are `names`, only these types are run.  Raises UsageError for an unknown name.
+    A type has the count that an item such as "web=2" gives it, else that of "all=2", else
+    `default`.  If there are `names`, only these types are run.  Raises UsageError.
     """
-    known = [each.name for each in types]
+    known, counts = [each.name for each in types], {}
+    for item in items:
+        match = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]{1,5})\s*", item)
+        if not match:
+            raise UsageError(f"expected NAME=N with a whole number N, found `{item}`")
+        counts[match[1]] = int(match[2])
     check_names(names, known)
     check_names(counts, known + ["all"])
     default = counts.get("all", default)
@@ -417,16 +405,14 @@ def port_number(text):
     return int(text)
 
 
-def base_port(option, *environments):
-    """Return the base port: the option, else the first PORT of the environments that is not empty,
-    else 5000.  Raises Failure if that is not a port."""
-    given = [printable(each[b"PORT"]) for each in environments if each.get(b"PORT")]
-    if option or not given:
-        return option or 5000
+def base_port(option, variables, environment):
+    """Return the base port: the option, else a PORT of the two that is not empty, else 5000;
+    raises Failure if that is not a port."""
+    given = printable(variables.get(b"PORT") or environment.get(b"PORT") or b"5000")
     try:
-        return port_number(given[0])
+        return option or port_number(given)
     except UsageError:
-        raise Failure(f"PORT={given[0]} in .env or the environment is not a port; use -p")
+        raise Failure(f"PORT={given} in .env or the environment is not a port; use -p")
 
 
 def selected(names, instances, option):
@@ -439,8 +425,8 @@ def selected(names, instances, option):
 
 # Export: instances -> files ----------------------------------------------------------------------
 
-# Each format is a generator: it takes the Plan and the list of Jobs, and yields the files as tuples
-# of path below the location, permission bits and text.
+# Each format is a generator: it takes a Plan and the list of Jobs, and yields the files, each as
+# (path below the location, permission bits, text).
 
 Plan = namedtuple("Plan", "format app user group root log grace mark variables counts image "
                           "user_units location")
@@ -455,9 +441,9 @@ Job.__doc__ = """An instance as a manager gets it: its name, process type and PO
 what the manager calls it; its log file or ""; its variables (str to str)."""
 
 FORWARD = """trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
-CHILDREN = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
-            "elif [ /proc/$pid/exe -ef /bin/sh ]; "
-            "then read -r others </proc/$pid/task/$pid/children; fi; ")
+STOP_SHELL = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
+              "elif [ /proc/$pid/exe -ef /bin/sh ]; "
+              "then read -r others </proc/$pid/task/$pid/children; fi; kill -TERM $pid $others")
 
 
 def exportable(what, data):
@@ -482,18 +468,15 @@ def shell_quote(text):
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-def stays(text):
-    """Whether the shell that runs this text outlives what it runs; see shell_text()."""
-    return text.startswith(TRAP.decode())
-
-
 def forwarding(text):
     """Return shell text that runs `text` where the manager sends SIGTERM to the leader alone.
 
     A shell reacts to a signal at once only while it waits for a background job; that job starts
     with SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash can undo and dash cannot.
     """
-    return f"{FORWARD}exec /bin/sh -c {shell_quote(text)}) & wait $!" if stays(text) else text
+    if not text.startswith(TRAP.decode()):
+        return text
+    return f"{FORWARD}exec /bin/sh -c {shell_quote(text)}) & wait $!"
 
 
 def stop_leader(text):
@@ -502,16 +485,15 @@ def stop_leader(text):
     A leader that still is a shell, not replaced by an exec in the text, only waits for its
     children.  So they get SIGTERM, too; or the whole group, where /proc does not list them.
     """
-    return f"{CHILDREN}kill -TERM $pid $others" if stays(text) else "kill -TERM $pid"
+    return STOP_SHELL if text.startswith(TRAP.decode()) else "kill -TERM $pid"
 
 
 def shell_variables(plan, job):
     """Return shell text that sets an instance's environment, with HOME, USER and LOGNAME of the
     user, unless the app sets them.  The shell expands ~USER where and when the app is started."""
-    user = plan.user
-    lines = [f"HOME=~{user} USER={user} LOGNAME={user}; export HOME USER LOGNAME"]
-    lines += [f"export {name}={shell_quote(value)}" for name, value in job.variables.items()]
-    return "\n".join(lines) + "\n"
+    home = "HOME=~{0} USER={0} LOGNAME={0}; export HOME USER LOGNAME\n".format(plan.user)
+    return home + "".join(f"export {name}={shell_quote(value)}\n"
+                          for name, value in job.variables.items())
 
 
 def upstart_word(text):
@@ -658,31 +640,26 @@ def supervisor_word(text):
     return re.sub(r"(\s)(?=[;#])", r"\1''", text)
 
 
-def printf_word(text):
-    r"""Return the text as bytes, with \0ooo for all but plain ones; `printf %b` decodes it."""
-    return re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]), text.encode())
-
-
 def export_supervisord(plan, jobs):
-    """A program for each instance, and a group; see supervisord.org, "Configuration File".
+    r"""A program for each instance, and a group; see supervisord.org, "Configuration File".
 
     It can restart without a pause, or with growing pauses and only so often; so the shell pauses.
-    `environment` cannot hold newlines and some quotes; so one variable holds all, escaped.
+    `environment` cannot hold newlines and some quotes; so one variable holds all, where any but
+    plain characters are \0ooo for `printf %b`.
     """
     text = f"; {plan.mark}\n"
     for job in jobs:
-        environment = exportable(f"the whole environment of {job.name}",
-                                 printf_word(shell_variables(plan, job)))
+        escaped = re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
+                         shell_variables(plan, job).encode())
         log = f"stdout_logfile={job.log}\n" if job.log else ""
         text += SUPERVISORD_PROGRAM.format(
             plan=plan, job=job, command=supervisor_word(SUPERVISORD_START + job.text),
-            environment=environment, log=log)
+            environment=exportable(f"the whole environment of {job.name}", escaped), log=log)
     programs = ",".join(job.id for job in jobs)
     yield f"{plan.app}.conf", 0o600, f"{text}\n[group:{plan.app}]\nprograms={programs}\n"
 
 
-# The files of a service directory.  The file `run` comes last, because runsvdir starts a service as
-# soon as it has one.
+# The files of a service directory; `run` comes last, as runsvdir starts a service once it has one.
 RUNIT = {
     "environment": """# {plan.mark}
 {variables}""",
@@ -2453,8 +2430,8 @@ def load_environment(args):
 
 def planned(args, types, variables):
     """Return ({type: concurrency}, base port, instances) that the command line asks for."""
-    given = parse_counts(args.concurrency + args.formation)
-    counts = formation(types, given, 0 if args.formation else 1, getattr(args, "names", ()))
+    counts = formation(types, args.concurrency + args.formation, 0 if args.formation else 1,
+                       getattr(args, "names", ()))
     base = base_port(args.port, variables, os.environb)
     instances = expand(types, counts, base)
     if not instances:
@@ -2462,20 +2439,19 @@ def planned(args, types, variables):
     return counts, base, instances
 
 
-def wants_colour(option, environment, terminal):
-    """Whether to colour: --color, else NO_COLOR, FORCE_COLOR (no-color.org), else a terminal."""
-    if option != "auto":
-        return option == "always"
-    if environment.get("NO_COLOR"):
-        return False
-    return bool(environment.get("FORCE_COLOR")) or (terminal and environment.get("TERM") != "dumb")
-
-
-def output_filter(option, terminal):
-    """Return the filter for the processes' output; `option` is that of --color."""
+def output_style(args, instances, terminal):
+    """Return the Style of the output: coloured as --color says, else NO_COLOR and FORCE_COLOR
+    (no-color.org), else on a terminal."""
+    colour, keep = args.color == "always", None
+    if args.color == "auto" and not os.environ.get("NO_COLOR"):
+        colour = bool(os.environ.get("FORCE_COLOR"))
+        colour |= terminal and os.environ.get("TERM") != "dumb"
     if terminal:
-        return TERMINAL
-    return COLOURLESS if option == "never" else None
+        keep = TERMINAL
+    elif args.color == "never":
+        keep = COLOURLESS
+    return Style(max(6, *(len(each.name) for each in instances)),    # as long as "system"
+                 colour, not args.no_timestamp, not args.no_prefix, keep)
 
 
 def raise_fd_limit(needed):
@@ -2541,12 +2517,10 @@ def cmd_start(args):
     options = Options(root, child_environment(variables),
                       raise_fd_limit(4 * len(instances) + 20 + len(open_fds())),
                       args.timeout, 0.1 if is_terminal else 1.0, can_die, args.keep_going, quiet)
-    style = Style(max(6, *(len(each.name) for each in instances)),    # as long as "system"
-                  wants_colour(args.color, os.environ, is_terminal), not args.no_timestamp,
-                  not args.no_prefix, output_filter(args.color, is_terminal))
+    printer = Printer(output_style(args, instances, is_terminal), time.time)
     try:
         children = open_children(types, instances, instances if args.pty else attached)
-        front = Front(Guard(children, options, terminal), Printer(style, time.time), Sink(1))
+        front = Front(Guard(children, options, terminal), printer, Sink(1))
     except OSError as error:
         raise Failure(f"cannot open a pipe or PTY, or fork: {error.strerror}")
     front.attach_first = attached
@@ -2566,7 +2540,7 @@ def cmd_run(args):
     environment, names = child_environment(variables), [each.name for each in types]
     if command[0] in names:
         base = base_port(args.port, variables, os.environb)
-        [instance] = expand(types, formation(types, {}, 1, command), base)
+        [instance] = expand(types, formation(types, (), 1, command), base)
         environment.update(instance.variables)
         command = ["/bin/sh", "-c", instance.command]
     enter_root(root)
@@ -2597,35 +2571,27 @@ def cmd_version(_):
 MADE_BY = "Made by procrun export %s for the app %s. "    # the first comment of each file
 
 
-def primary_group(user):
-    """Return the name of the user's group, or "" if this machine has no such user."""
-    import grp
-    import pwd
-    try:
-        return grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
-    except KeyError:
-        return ""
-
-
 def make_plan(args, root, variables, counts):
     """Return the Plan of an export."""
+    import grp
+    import pwd
     name = os.path.basename(root) if args.app is None else args.app
     user = name if args.user is None else args.user
+    group, mark = "", MADE_BY % (args.format, name)
     log = os.path.abspath(args.log) if args.log else ""
-    mark = MADE_BY % (args.format, name)
+    with suppress(KeyError):
+        group = grp.getgrgid(pwd.getpwnam(user).pw_gid).gr_name
     if args.format == "kubernetes":    # its files are shared: nothing of this machine is in them
         root = root if args.root else ""
     else:
         again = [each for each in args.argv if each not in ("--force", "--dry-run")]
         words = " ".join(map(shell_quote, [sys.argv[0]] + again))
         mark += f"Again: cd {shell_quote(os.getcwd())} && python3 {words}"
-    shared = {key.decode("utf-8", "surrogateescape"):
-              exportable(f"the value of {printable(key)}", value)
+    shared = {os.fsdecode(key): exportable(f"the value of {printable(key)}", value)
               for key, value in {b"PYTHONUNBUFFERED": b"1", **variables}.items()
               if key not in (b"PORT", b"PS")}    # an instance has its own
-    return Plan(args.format, name, user, primary_group(user), root, log,
-                max(1, math.ceil(args.timeout)), mark, shared, counts, args.image,
-                args.user_units, os.path.abspath(args.location))
+    return Plan(args.format, name, user, group, root, log, max(1, math.ceil(args.timeout)), mark,
+                shared, counts, args.image, args.user_units, os.path.abspath(args.location))
 
 
 def warn(plan):
