@@ -154,7 +154,6 @@ def is_comment(line):
 ProcessType = namedtuple("ProcessType", "name command")
 ProcessType.__doc__ = "A process type of the Procfile: its name (str) and its command (bytes)."
 
-
 # A line with those that continue it, each after a backslash that no other backslash escapes.  As
 # for the shell, a comment never goes on.
 PROCFILE_LINE = rb"(?s)([^\S\n]*#[^\n]*|(?:[^\\\n]+|\\.)*\\?)(?:\n|\Z)"
@@ -228,28 +227,9 @@ ENV_ENTRY = rb"""(?xs)
         (?: [ \t]* (?: '([^']*)' | "(.*?(?<!\\)(?:\\\\)*)" | (['"]) .* )
           | ([^\n]*?) (?= [ \t]\# | \n ) )
     )? ([^\n]*) \n"""
-ENV_ESCAPES = {b"n": b"\n", b"t": b"\t"}    # others stand for themselves
-# One that is never closed is matched, too: if it were not, a value that is full of them would take
-# hours, because each would look for its } up to the end.
+# One that is never closed is matched, too; otherwise each of many would look for its } to the end.
 ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
 MOST_VALUE = 1 << 20    # bytes; Linux gives a process no more than 128 KiB (execve(2))
-
-
-def expand_value(value, escapes, known):
-    """Return (the value with its escapes, a pattern, and expansions replaced, undefined names)."""
-    missing = {}
-
-    def replacement(match):
-        escaped, name, default, closed = match.groups()
-        if escaped:
-            return ENV_ESCAPES.get(escaped, escaped)
-        if not closed:
-            return match[0]
-        if name not in known and default is None:
-            missing[name.decode()] = True
-        return known.get(name) or default or b""
-
-    return re.sub(escapes + ENV_EXPANSION, replacement, value), missing
 
 
 def entry_value(entry, known):
@@ -258,7 +238,19 @@ def entry_value(entry, known):
     Raises ValueError that says what is wrong, and does not show the line, which may be a secret.
     """
     name, value, escaped, quote, bare, rest = entry.groups()
-    missing = ()
+    missing = {}
+
+    def replacement(match):
+        """Return what stands for an escape or an expansion."""
+        special, name, default, closed = match.groups()
+        if special:
+            return {b"n": b"\n", b"t": b"\t"}.get(special, special)
+        if not closed:
+            return match[0]
+        if name not in known and default is None:
+            missing[name.decode()] = True
+        return known.get(name) or default or b""
+
     if not name:
         raise ValueError("expected NAME=value")
     if quote:
@@ -266,9 +258,9 @@ def entry_value(entry, known):
     if not is_comment(rest):
         raise ValueError("text after the closing quote; only a comment may follow")
     if bare is not None:
-        value, missing = expand_value(bare.strip(b" \t"), rb"\\(\$)(?=\{)", known)
+        value = re.sub(rb"\\(\$)(?=\{)" + ENV_EXPANSION, replacement, bare.strip(b" \t"))
     elif escaped is not None:
-        value, missing = expand_value(escaped, rb'\\([nt"\\$])', known)
+        value = re.sub(rb'\\([nt"\\$])' + ENV_EXPANSION, replacement, escaped)
     if b"\0" in value:
         raise ValueError("NUL byte in the value; remove it")
     return value, missing
@@ -329,10 +321,9 @@ TRAP = b"""trap 'trap "" TERM; wait; exit 143' TERM; """
 def shell_text(command):
     """Return the text that /bin/sh -c is given for a command (both bytes), by start and exports.
 
-    A command that is plainly a single program replaces the shell, so that the process id, the
-    signal and the exit status are its own; Debian's sh does not do that by itself.  Any other
-    command, and any doubtful one, stands behind a trap that makes the shell outlive what it runs:
-    on SIGTERM it waits, and does not go on to the next command.
+    A command that is plainly one program replaces the shell, so that the process id, the signal
+    and the exit status are its own; Debian's sh does not do that by itself.  Any other stands
+    behind a trap: on SIGTERM the shell waits for what it runs, and then ends.
     """
     program = re.match(rb"(exec[ \t]+)?([A-Za-z0-9_./][A-Za-z0-9_./+-]*)(?=[ \t]|\Z)", command)
     syntax = re.search(rb"[;&|()<>`!\n]|(?<!\$)\{", command)
@@ -341,19 +332,9 @@ def shell_text(command):
     return command if program[1] else b"exec " + command
 
 
-class Instance(namedtuple("Instance", "type number port command")):
-    """One instance: its process type's name, its number from 1, its PORT, its command (bytes)."""
-    __slots__ = ()
-
-    @property
-    def name(self):
-        """Its name, such as web.1."""
-        return f"{self.type}.{self.number}"
-
-    @property
-    def variables(self):
-        """What it adds to the environment (bytes to bytes)."""
-        return {b"PORT": b"%d" % self.port, b"PS": self.name.encode()}
+Instance = namedtuple("Instance", "type name port command variables")
+Instance.__doc__ = """One instance: its process type's name, its own, such as web.1, its PORT, its
+command (bytes), and what it adds to the environment (bytes to bytes)."""
 
 
 def check_names(names, known, what="process type"):
@@ -383,18 +364,17 @@ def formation(types, items, default, names=()):
 
 def expand(types, counts, base):
     """Return the instances, in Procfile order: PORT = base + 100 * index of the type + number - 1.
-
-    Types that are not run are counted, so a port never depends on what else runs.
-    Raises Failure if a port is beyond 65535.
-    """
+    Types that are not run are counted, so a port never depends on what else runs.  Raises Failure
+    if a port is beyond 65535."""
     instances = []
-    for index, (name, command) in enumerate(types):
-        for number in range(1, counts[name] + 1):
-            port = base + 100 * index + number - 1
+    for index, (kind, command) in enumerate(types):
+        for number in range(counts[kind]):
+            name, port = f"{kind}.{number + 1}", base + 100 * index + number
             if port > 65535:
-                raise Failure(f"{name}.{number}: port {port} is beyond 65535; choose a lower base "
-                              "port with -p")
-            instances.append(Instance(name, number, port, command))
+                raise Failure(f"{name}: port {port} is beyond 65535; choose a lower base port "
+                              "with -p")
+            variables = {b"PORT": b"%d" % port, b"PS": name.encode()}
+            instances.append(Instance(kind, name, port, command, variables))
     return instances
 
 
@@ -430,16 +410,16 @@ def selected(names, instances, option):
 
 Plan = namedtuple("Plan", "format app user group root log grace mark variables counts image "
                           "user_units location")
-Plan.__doc__ = """What an export is about, beside the instances: the format; names of the app,
-the user and, if it is known, the user's group; root directory; directory of log files or ""; grace
-period in whole seconds, 1 or more; the text of the first comment; the variables that all
-instances share (str to str); {type: concurrency}; the options --image and --user-units; and the
-absolute path of the location."""
+Plan.__doc__ = """What an export is about, beside the instances: the format; names of the app, the
+user and, if it is known, the user's group; root directory; directory of log files or ""; whole
+seconds of grace, 1 or more; text of the first comment; the variables that all instances share (str
+to str); {type: concurrency}; --image; --user-units; absolute path of the location."""
 
 Job = namedtuple("Job", "name type port text id log variables")
 Job.__doc__ = """An instance as a manager gets it: its name, process type and PORT; its shell text;
 what the manager calls it; its log file or ""; its variables (str to str)."""
 
+MADE_BY = "Made by procrun export %s for the app %s. "    # the first comment of each file
 FORWARD = """trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 STOP_SHELL = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
               "elif [ /proc/$pid/exe -ef /bin/sh ]; "
@@ -447,12 +427,9 @@ STOP_SHELL = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-
 
 
 def exportable(what, data):
-    """Return bytes as str.  Raises Failure, which names `what` they are, if a format cannot hold
-    them, or Linux cannot pass them to a process (execve(2): 128 KiB a string).
-
-    No format holds control characters but tab and newline, surrogates (bytes that are not UTF-8)
-    or noncharacters (Unicode 23.7; systemd refuses them).
-    """
+    """Return bytes as str; raises Failure, which names `what` they are, if no process can get them
+    (execve(2): 128 KiB a string) or a format cannot hold them: control characters but tab and
+    newline, surrogates (bytes that are not UTF-8), noncharacters (Unicode 23.7; for systemd)."""
     text = data.decode("utf-8", "surrogateescape")
     if (re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef]", text)
             or any(ord(char) & 0xfffe == 0xfffe for char in text) or len(data) >= 127 << 10):
@@ -480,11 +457,9 @@ def forwarding(text):
 
 
 def stop_leader(text):
-    """Return shell text that sends SIGTERM to $pid, the leader of an instance that runs `text`.
-
-    A leader that still is a shell, not replaced by an exec in the text, only waits for its
-    children.  So they get SIGTERM, too; or the whole group, where /proc does not list them.
-    """
+    """Return shell text that sends SIGTERM to $pid, the leader of an instance that runs `text`;
+    and to its children (its group, where /proc does not list them) while it is a shell that waits
+    for them, not replaced by an exec."""
     return STOP_SHELL if text.startswith(TRAP.decode()) else "kill -TERM $pid"
 
 
@@ -579,10 +554,9 @@ def export_systemd(plan, jobs):
     """A service for each instance, a target for each process type, a target for the app, and an
     environment file (for its quoting see systemd.exec(5)), because Environment= shows its values
     on the bus.  After= makes a target stop only when its units have stopped."""
-    lines = [f"# {plan.mark}\n"]
-    for name, value in plan.variables.items():
-        lines.append('%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value)))
-    yield f"{plan.app}.env", 0o600, "".join(lines)
+    lines = ['%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value))
+             for name, value in plan.variables.items()]
+    yield f"{plan.app}.env", 0o600, f"# {plan.mark}\n{''.join(lines)}"
     user = "" if plan.user_units else f"User={plan.user}\n"
     app, units = f"{plan.app}.target", {}
     for job in jobs:
@@ -617,7 +591,7 @@ def export_launchd(plan, jobs):
 
 SUPERVISORD_PROGRAM = """
 [program:{job.id}]
-command=/bin/sh -c {command}
+command=/bin/sh -c '{word}'
 directory={plan.root}
 user={plan.user}
 environment=PROCRUN="{environment}"
@@ -633,13 +607,6 @@ redirect_stderr=true
 SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
 
 
-def supervisor_word(text):
-    """Quote a text as one word of a supervisord command: as shlex does, with % doubled, and with
-    no blank before ; or #, which would begin a comment."""
-    text = "'%s'" % text.replace("'", "'\"'\"'").replace("%", "%%")
-    return re.sub(r"(\s)(?=[;#])", r"\1''", text)
-
-
 def export_supervisord(plan, jobs):
     r"""A program for each instance, and a group; see supervisord.org, "Configuration File".
 
@@ -652,24 +619,22 @@ def export_supervisord(plan, jobs):
         escaped = re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
                          shell_variables(plan, job).encode())
         log = f"stdout_logfile={job.log}\n" if job.log else ""
+        # A word for shlex; and % begins an expansion, a ; or # behind a blank a comment.
+        word = (SUPERVISORD_START + job.text).replace("'", "'\"'\"'").replace("%", "%%")
+        word = re.sub(r"(\s)(?=[;#])", r"\1''", word)
         text += SUPERVISORD_PROGRAM.format(
-            plan=plan, job=job, command=supervisor_word(SUPERVISORD_START + job.text),
-            environment=exportable(f"the whole environment of {job.name}", escaped), log=log)
+            plan=plan, job=job, word=word, log=log,
+            environment=exportable(f"the whole environment of {job.name}", escaped))
     programs = ",".join(job.id for job in jobs)
     yield f"{plan.app}.conf", 0o600, f"{text}\n[group:{plan.app}]\nprograms={programs}\n"
 
 
-# The files of a service directory; `run` comes last, as runsvdir starts a service once it has one.
+RUNIT_HEAD = "#!/bin/sh\n# {plan.mark}\n"
+# The scripts of a service directory; `run` is last, as runsvdir starts a service that has one.
 RUNIT = {
-    "environment": """# {plan.mark}
-{variables}""",
-    "log/run": """#!/bin/sh
-# {plan.mark}
-mkdir -p main && exec svlogd -tt main
+    "log/run": """mkdir -p main && exec svlogd -tt main
 """,
-    "control/t": """#!/bin/sh
-# {plan.mark}
-# First the leader.
+    "control/t": """# First the leader.
 read -r pid <supervise/pid || exit 1
 {stop}
 (n=0
@@ -680,9 +645,7 @@ while [ $n -lt {plan.grace} ]; do
 done
 kill -KILL $pid -$pid) >/dev/null 2>&1 &
 """,
-    "finish": """#!/bin/sh
-# {plan.mark}
-# Then what the leader has left in its group.
+    "finish": """# Then what the leader has left in its group.
 exec 2>/dev/null
 read -r group <supervise/group || exit 0
 kill -TERM -$group
@@ -694,9 +657,7 @@ done
 kill -KILL -$group
 rm -f supervise/group
 """,
-    "run": """#!/bin/sh
-# {plan.mark}
-echo $$ >supervise/group
+    "run": """echo $$ >supervise/group
 exec {output}2>&1 3<environment
 cd {root} || exit 111
 exec chpst -P -u {plan.user} /bin/sh -c {word}
@@ -710,25 +671,14 @@ def export_runit(plan, jobs):
     reads it; thus no variable, such as PATH or LD_PRELOAD, takes effect for root.
     """
     for job in jobs:
+        yield f"{job.id}/environment", 0o600, f"# {plan.mark}\n{shell_variables(plan, job)}"
         values = dict(
-            plan=plan, variables=shell_variables(plan, job), stop=stop_leader(job.text),
-            tenths=10 * plan.grace, output=f">>{shell_quote(job.log)} " if job.log else "",
-            root=shell_quote(plan.root),
+            plan=plan, stop=stop_leader(job.text), tenths=10 * plan.grace,
+            output=f">>{shell_quote(job.log)} " if job.log else "", root=shell_quote(plan.root),
             word=shell_quote(f'eval "$(cat <&3)"; exec 3<&-; {job.text}'))
         for name, text in RUNIT.items():
-            mode = 0o600 if name == "environment" else 0o755
             if name != "log/run" or not job.log:
-                yield f"{job.id}/{name}", mode, text.format(**values)
-
-
-def kubernetes_word(text):
-    """Escape a text for `command`, where $(NAME) is expanded and $$ becomes $."""
-    return re.sub("\\$+(?=[(\x80-\U0010ffff])|\\$\\$+", lambda match: match[0] * 2, text)
-
-
-def kubernetes_name(name):
-    """Return the name of a process type in the form of a label."""
-    return name.lower().replace("_", "-")
+                yield f"{job.id}/{name}", 0o755, (RUNIT_HEAD + text).format(**values)
 
 
 KUBERNETES_HEAD = """{"metadata": {"annotations": {
@@ -776,33 +726,32 @@ KUBERNETES_SERVICE = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Service",
     "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}}}"""
 
 
-def check_kubernetes(plan):
-    """Raise Failure if Kubernetes cannot take the plan."""
+def kubernetes_names(plan):
+    """Return {process type: its label}; raises Failure if Kubernetes cannot take the plan."""
     if not re.fullmatch(r"(?a)\w[\w.:/@-]*", plan.image or ""):
         raise Failure("kubernetes needs --image IMAGE, such as registry.example/app:1")
     if plan.log:
         raise Failure("kubernetes keeps the logs itself; leave -l out")
     if sum(len(value.encode()) for value in plan.variables.values()) > 1 << 20:
         raise Failure("kubernetes takes no Secret of more than 1 MiB; the variables are longer")
-    names = list(map(kubernetes_name, plan.counts))
-    for name in names:
+    parts = {name: name.lower().replace("_", "-") for name in plan.counts}
+    names = list(parts.values())
+    for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
         if names.count(name) > 1:
             raise Failure(f"kubernetes would call two process types `{name}`; rename one")
-    for name in [plan.app] + names + [f"{plan.app}-{each}" for each in names]:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name):
             raise Failure(f"kubernetes takes no name `{name}`: only a-z, 0-9 and -, at most 63; "
                           "the first is a letter, the last no -")
+    return parts
 
 
 def export_kubernetes(plan, jobs):
-    """A Secret; and a List of a Deployment for each process type, and a Service for web.
-
-    It is given one instance of each type.  A changed environment changes the digest, so that the
-    pods are replaced."""
+    """A Secret; and a List of a Deployment for each process type, of which `jobs` has an instance,
+    and a Service for web.  A changed environment changes the digest: that replaces the pods."""
     import base64
     import hashlib
     import json
-    check_kubernetes(plan)
+    parts = kubernetes_names(plan)
     data = json.dumps({name: base64.b64encode(value.encode()).decode()
                        for name, value in plan.variables.items()}, indent=2, sort_keys=True)
     values = dict(plan._asdict(), part="env", data=data,
@@ -811,8 +760,10 @@ def export_kubernetes(plan, jobs):
     yield f"{plan.app}-secret.json", 0o600, KUBERNETES_SECRET % values
     items = []
     for job in jobs:
-        values.update(part=kubernetes_name(job.type), replicas=plan.counts[job.type],
-                      word=json.dumps(kubernetes_word(forwarding(job.text))),
+        # Kubernetes expands $(NAME) in `command`, and makes $ of $$.
+        word = re.sub("\\$+(?=[(\x80-\U0010ffff])|\\$\\$+", lambda match: match[0] * 2,
+                      forwarding(job.text))
+        values.update(part=parts[job.type], replicas=plan.counts[job.type], word=json.dumps(word),
                       port=job.port, strategy=KUBERNETES_STRATEGY, ports="")
         if values["part"] == "web":
             values.update(strategy="", ports=KUBERNETES_PORTS % job.port)
@@ -855,7 +806,7 @@ def export_files(plan, instances):
     check_plan(plan)
     jobs = []
     for each in instances:
-        dashed = f"{each.type}-{each.number}"
+        dashed = each.name.replace(".", "-")
         if dashed in plan.counts:
             raise Failure(f"{each.name} and the process type {dashed} would collide; rename one")
         text = exportable(f"the command of {each.type}", shell_text(each.command))
@@ -2288,30 +2239,25 @@ class Front(Loop):
 # Files: text -> LOCATION -------------------------------------------------------------------------
 
 def begins_with(path, pattern):
-    """Whether a file can be read and begins as the compiled pattern says; links do not count."""
+    """Whether a file can be read and begins as a pattern (bytes) says; links do not count."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)    # a FIFO would block
         with open(fd, "rb") as file:
-            return bool(pattern.match(file.read(CHUNK)))
+            return bool(re.match(pattern, file.read(CHUNK)))
     except OSError:
         return False
 
 
 def marked(location, app, mark):
     """Return the set of the relative paths of the files that an export of the app may have written
-    (in a folder, and in service directories) whose first comment begins with the mark (str);
-    links are not followed."""
+    (in a folder, and in service directories) whose first comment begins with the mark (str)."""
     where = re.compile(rf"({re.escape(app)}-[\w-]+-\d+/((env|control|log)/)?)?[^/]+")
     mark = re.escape(mark).replace(r"\-\-", r"\-(?:\-|&#45;)")    # as an XML comment has it
-    first = rf'(?:.*\n){{0,2}}(?:# |; |<!-- | *"procrun/made-by": "){mark}'
-    pattern, found = re.compile(first.encode()), set()
-    for folder, _, names in os.walk(location):
-        for name in names:
-            path = f"{folder}/{name}"
-            relative = os.path.relpath(path, location)
-            if where.fullmatch(relative) and begins_with(path, pattern):
-                found.add(relative)
-    return found
+    first = rf'(?:.*\n){{0,2}}(?:# |; |<!-- | *"procrun/made-by": "){mark}'.encode()
+    paths = [os.path.relpath(f"{folder}/{name}", location)
+             for folder, _, names in os.walk(location) for name in names]
+    return {path for path in filter(where.fullmatch, paths)
+            if begins_with(f"{location}/{path}", first)}
 
 
 def in_the_way(location, files, ours, force):
@@ -2330,8 +2276,7 @@ def in_the_way(location, files, ours, force):
 
 
 def stage(folder, files):
-    """Write all files to disk below a new folder; each has its permission bits from its first byte
-    on."""
+    """Write all files below a new folder, each with its permission bits from its first byte on."""
     os.makedirs(folder, 0o700)
     for path, (mode, text) in files.items():
         os.makedirs(os.path.dirname(f"{folder}/{path}"), exist_ok=True)
@@ -2342,8 +2287,8 @@ def stage(folder, files):
 
 
 def install(location, staging, files, gone):
-    """Write all files to a folder below the location, move each to where it is to be, and remove
-    what is gone (relative paths).  A new service directory is moved as a whole.  Signals wait.
+    """Write all files below the folder `staging`, move each to its place (a new service directory
+    as a whole), and remove what is gone (relative paths).  Signals wait.
 
     Raises Failure.  Nothing has changed before all files are written; then it tells what has.
     """
@@ -2365,9 +2310,7 @@ def install(location, staging, files, gone):
             path = f"{location}/{name}"
             os.unlink(path)
             done.append(path)
-            # Its folder, and those above, as far as they are empty: the location is not, as the
-            # staging folder is there.
-            with suppress(OSError):
+            with suppress(OSError):    # the first that is not empty: the location holds `staging`
                 os.removedirs(os.path.dirname(path))
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}; replaced or removed so far: "
@@ -2442,32 +2385,19 @@ def planned(args, types, variables):
 def output_style(args, instances, terminal):
     """Return the Style of the output: coloured as --color says, else NO_COLOR and FORCE_COLOR
     (no-color.org), else on a terminal."""
-    colour, keep = args.color == "always", None
+    colour = args.color == "always"
     if args.color == "auto" and not os.environ.get("NO_COLOR"):
-        colour = bool(os.environ.get("FORCE_COLOR"))
-        colour |= terminal and os.environ.get("TERM") != "dumb"
-    if terminal:
-        keep = TERMINAL
-    elif args.color == "never":
-        keep = COLOURLESS
+        plain = not terminal or os.environ.get("TERM") == "dumb"
+        colour = bool(os.environ.get("FORCE_COLOR")) or not plain
+    colourless = COLOURLESS if args.color == "never" else None
     return Style(max(6, *(len(each.name) for each in instances)),    # as long as "system"
-                 colour, not args.no_timestamp, not args.no_prefix, keep)
+                 colour, not args.no_timestamp, not args.no_prefix,
+                 TERMINAL if terminal else colourless)
 
 
-def raise_fd_limit(needed):
-    """Allow procrun `needed` file descriptors; return the limits before, for the children."""
-    soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if needed > soft:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-        except (ValueError, OSError):    # above the hard limit, or above macOS's own
-            raise Failure(f"too few file descriptors: {needed} are needed, the limit is {hard}; "
-                          "raise it with ulimit -n")
-    return limits
-
-
-def tidy_fds():
-    """Make sure that fds 0, 1 and 2 are open, and that children inherit no others."""
+def prepare_fds(instances):
+    """Open what is closed of fds 0, 1 and 2, let children inherit no others, and allow procrun as
+    many as it needs; return the limits before, for the children."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -2476,6 +2406,15 @@ def tidy_fds():
     for fd in open_fds():
         with suppress(OSError):    # of the one that listed them
             os.set_inheritable(fd, fd < 3)
+    soft, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 4 * len(instances) + 20 + len(open_fds())
+    if needed > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except (ValueError, OSError):    # above the hard limit, or above macOS's own
+            raise Failure(f"too few file descriptors: {needed} are needed, the limit is {hard}; "
+                          "raise it with ulimit -n")
+    return limits
 
 
 def open_children(types, instances, terminals):
@@ -2507,16 +2446,15 @@ def cmd_start(args):
     quiet = selected(args.quiet, instances, "--quiet")
     enter_root(root)
     try:
-        tidy_fds()
+        limits = prepare_fds(instances)
     except OSError as error:
         raise Failure(f"{os.devnull}: {error.strerror}; it is needed where 0, 1 or 2 is closed")
     terminal = Terminal() if os.isatty(0) else None
     if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "
                          "its foreground")
-    options = Options(root, child_environment(variables),
-                      raise_fd_limit(4 * len(instances) + 20 + len(open_fds())),
-                      args.timeout, 0.1 if is_terminal else 1.0, can_die, args.keep_going, quiet)
+    options = Options(root, child_environment(variables), limits, args.timeout,
+                      0.1 if is_terminal else 1.0, can_die, args.keep_going, quiet)
     printer = Printer(output_style(args, instances, is_terminal), time.time)
     try:
         children = open_children(types, instances, instances if args.pty else attached)
@@ -2566,9 +2504,6 @@ def cmd_version(_):
     """procrun version: print the version."""
     print_out(f"procrun {VERSION}\n")
     return 0
-
-
-MADE_BY = "Made by procrun export %s for the app %s. "    # the first comment of each file
 
 
 def make_plan(args, root, variables, counts):
@@ -2718,12 +2653,9 @@ COMMANDS = {
 
 
 def make_parser(text, **details):
-    """Return an argparse parser for what a text describes, an option or an argument a line.
-
-    A line holds the flags, if any, and the word for the value, if any, then two or more blanks
-    and what it does, which goes on in lines that begin with a blank.  Options are not guessed from
-    their first letters.
-    """
+    """Return an argparse parser for what a text describes, an option or an argument a line: the
+    flags, if any, the word for the value, if any, two or more blanks, and what it does, which goes
+    on in lines that begin with a blank.  Options are not guessed from their first letters."""
     def error(message):
         """Raise an error of argparse, which would exit, as one line."""
         raise UsageError(f"{message} (see {parser.prog} --help)")
@@ -2742,8 +2674,8 @@ def make_parser(text, **details):
 
 
 def parse_words(words):
-    """Return (the function of the command, its arguments as argparse has them) that the words of
-    the command line mean; --help and the like end procrun.  Raises UsageError."""
+    """Return (the command's function, its arguments) for the words of a command line; --help and
+    the like end procrun.  Raises UsageError."""
     top = make_parser(COMMON, prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
     top.add_argument("--version", action="version", version=f"procrun {VERSION}")
     top.add_argument("words", nargs="...", help=argparse.SUPPRESS)
