@@ -229,27 +229,24 @@ ENV_ENTRY = rb"""(?xs)
     )? ([^\n]*) \n"""
 # One that is never closed is matched, too; otherwise each of many would look for its } to the end.
 ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
-MOST_VALUE = 1 << 20    # bytes; Linux gives a process no more than 128 KiB (execve(2))
 
 
 def entry_value(entry, known):
-    """Return (value, the undefined names in it) of a match of ENV_ENTRY; see parse_env().
-
-    Raises ValueError that says what is wrong, and does not show the line, which may be a secret.
-    """
+    """Return (value, the undefined names in it) of a match of ENV_ENTRY; see parse_env().  Raises
+    ValueError that says what is wrong; it does not show the line, which may be a secret."""
     name, value, escaped, quote, bare, rest = entry.groups()
     missing = {}
 
     def replacement(match):
         """Return what stands for an escape or an expansion."""
-        special, name, default, closed = match.groups()
+        special, key, default, closed = match.groups()
         if special:
             return {b"n": b"\n", b"t": b"\t"}.get(special, special)
         if not closed:
             return match[0]
-        if name not in known and default is None:
-            missing[name.decode()] = True
-        return known.get(name) or default or b""
+        if key not in known and default is None:
+            missing[key.decode()] = True
+        return known.get(key) or default or b""
 
     if not name:
         raise ValueError("expected NAME=value")
@@ -296,7 +293,7 @@ def parse_env(text, source=".env", environment=()):
         variables[entry[1]] = known[entry[1]] = value
         for name in missing:
             warnings.add(source, number, f"warning: ${{{name}}} is not defined, so it is empty")
-        if len(value) > MOST_VALUE:
+        if len(value) > 1 << 20:
             # The rest is not read: it could make a longer one of this, line by line.
             problems.add(source, number, "the value is longer than 1 MiB")
             break
@@ -345,11 +342,9 @@ def check_names(names, known, what="process type"):
 
 
 def formation(types, items, default, names=()):
-    """Return {process type: count} in Procfile order.
-
-    A type has the count that an item such as "web=2" gives it, else that of "all=2", else
-    `default`.  If there are `names`, only these types are run.  Raises UsageError.
-    """
+    """Return {process type: count} in Procfile order: what an item such as "web=2" says, else one
+    such as "all=2", else `default`; but 0 if there are `names` and the type's is not among them.
+    Raises UsageError."""
     known, counts = [each.name for each in types], {}
     for item in items:
         match = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9]{1,5})\s*", item)
@@ -420,7 +415,6 @@ Job.__doc__ = """An instance as a manager gets it: its name, process type and PO
 what the manager calls it; its log file or ""; its variables (str to str)."""
 
 MADE_BY = "Made by procrun export %s for the app %s. "    # the first comment of each file
-FORWARD = """trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
 STOP_SHELL = ("others=; if [ ! -e /proc/$pid/task/$pid/children ]; then others=-$pid; "
               "elif [ /proc/$pid/exe -ef /bin/sh ]; "
               "then read -r others </proc/$pid/task/$pid/children; fi; kill -TERM $pid $others")
@@ -446,14 +440,13 @@ def shell_quote(text):
 
 
 def forwarding(text):
-    """Return shell text that runs `text` where the manager sends SIGTERM to the leader alone.
-
-    A shell reacts to a signal at once only while it waits for a background job; that job starts
-    with SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash can undo and dash cannot.
-    """
+    """Return shell text that runs `text` where the manager sends SIGTERM to the leader alone.  A
+    shell reacts to a signal at once only while it waits for a background job; that job starts with
+    SIGINT and SIGQUIT ignored (POSIX, Shell 2.12), which bash can undo and dash cannot."""
     if not text.startswith(TRAP.decode()):
         return text
-    return f"{FORWARD}exec /bin/sh -c {shell_quote(text)}) & wait $!"
+    return ("""trap 'trap "" TERM; kill -TERM 0; wait; exit 143' TERM; (trap - INT QUIT; """
+            f"exec /bin/sh -c {shell_quote(text)}) & wait $!")
 
 
 def stop_leader(text):
@@ -495,11 +488,9 @@ post-stop exec sleep 1
 
 
 def export_upstart(plan, jobs):
-    """Three levels of jobs: app, process type, instance.  See init(5) of Upstart.
-
-    Its parser alters `exec` and `env` lines, but keeps a script as it is, except for a line
-    `end script`; and it passes a script of several lines through a pipe, not in argv.
-    """
+    """Three levels of jobs: app, process type, instance; see init(5) of Upstart.  It alters `exec`
+    and `env` lines, but keeps a script as it is, except for a line `end script`; and it passes a
+    script of several lines through a pipe, not in argv."""
     group, root = upstart_word(plan.group or plan.user), upstart_word(plan.root)
     for job in jobs:
         output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
@@ -665,11 +656,9 @@ exec chpst -P -u {plan.user} /bin/sh -c {word}
 
 
 def export_runit(plan, jobs):
-    """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).
-
-    chpst's environment files lose trailing blanks.  So root opens one file and the user's shell
-    reads it; thus no variable, such as PATH or LD_PRELOAD, takes effect for root.
-    """
+    """A service directory for each instance; see runsv(8), chpst(8), svlogd(8).  Since chpst takes
+    trailing blanks off its files, root opens one file and the user's shell reads it; so no
+    variable, such as PATH or LD_PRELOAD, takes effect for root."""
     for job in jobs:
         yield f"{job.id}/environment", 0o600, f"# {plan.mark}\n{shell_variables(plan, job)}"
         values = dict(
@@ -813,7 +802,7 @@ def export_files(plan, instances):
         log = f"{plan.log}/{dashed}.log" if plan.log else ""
         jobs.append(Job(each.name, each.type, each.port, text, f"{plan.app}-{dashed}", log,
                         {**plan.variables, "PORT": str(each.port), "PS": each.name}))
-    generate, _ = FORMATS[plan.format]
+    generate = FORMATS[plan.format][0]
     return {path: (mode, text) for path, mode, text in generate(plan, jobs)}
 
 
@@ -2679,7 +2668,7 @@ def parse_words(words):
     top = make_parser(COMMON, prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
     top.add_argument("--version", action="version", version=f"procrun {VERSION}")
     top.add_argument("words", nargs="...", help=argparse.SUPPRESS)
-    args = top.parse_args(words)
+    args = top.parse_args(words, argparse.Namespace(argv=words))
     if not args.words:
         top.exit(UsageError.status, top.format_help())
     name, *rest = args.words
@@ -2693,10 +2682,8 @@ def parse_words(words):
 
 def main(argv=None):
     """Run procrun; return its exit status."""
-    words = sys.argv[1:] if argv is None else argv
     try:
-        function, args = parse_words(words)
-        args.argv = words
+        function, args = parse_words(sys.argv[1:] if argv is None else argv)
         return function(args)
     except Failure as failure:
         print_error(*failure.args)
