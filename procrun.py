@@ -2229,12 +2229,11 @@ class Front(Loop):
 
 def begins_with(path, pattern):
     """Whether a file can be read and begins as a pattern (bytes) says; links do not count."""
-    try:
+    with suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)    # a FIFO would block
         with open(fd, "rb") as file:
             return bool(re.match(pattern, file.read(CHUNK)))
-    except OSError:
-        return False
+    return False
 
 
 def marked(location, app, mark):
