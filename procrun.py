@@ -1005,13 +1005,17 @@ class Printer:
 
 # Everything above is pure; everything below talks to the kernel.
 
-def write_ready(fd, data, seconds=None):
-    """Write bytes to a file descriptor, as long as it is ready within so many seconds.
+def safe_size(fd):
+    """How many bytes do not block if an fd is ready: PIPE_BUF of POSIX; but a terminal promises no
+    more than one."""
+    return 1 if os.isatty(fd) else 512
 
-    So much at once does not block: PIPE_BUF of POSIX; a terminal promises no more than a byte.
-    """
+
+def write_ready(fd, data, seconds=None):
+    """Write bytes to a file descriptor, as long as it is ready within so many seconds."""
+    most = safe_size(fd)
     while data and select.select((), (fd,), (), seconds)[1]:
-        data = data[os.write(fd, data[:1 if os.isatty(fd) else 512]):]
+        data = data[os.write(fd, data[:most]):]
 
 
 def print_error(*lines):
@@ -1246,14 +1250,22 @@ def become_subreaper():
         return False
 
 
+def read_proc(pid, name):
+    """Return a file of a process in /proc, as bytes; empty if there is none."""
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def children_of(pid):
     """Return the process ids of the children of all of a process's threads (proc(5)), as a list:
     an empty one if it is gone, or where the system does not tell."""
     found = []
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
-                found += map(int, file.read().split())
+            found += map(int, read_proc(pid, f"task/{thread}/children").split())
     return found
 
 
@@ -1278,15 +1290,6 @@ def groups_below(pids):
     groups.pop(None, None)
     groups.pop(os.getpgrp(), None)    # of a child that has not called setsid() yet
     return groups
-
-
-def read_proc(pid, name):
-    """Return a file of a process in /proc, as bytes; empty if there is none."""
-    try:
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
 
 
 def process_name(pid):
@@ -1700,10 +1703,8 @@ class Sink:
             if self.waits:
                 self.fd = own_description(fd, os.O_WRONLY)
                 resize_pipe(self.fd, CHUNK)
-        except OSError:
-            # A socket, or a pipe on macOS: it is written no more at once than a pipe takes that
-            # is ready (PIPE_BUF, POSIX); a terminal promises no more than a byte.
-            self.most = 1 if os.isatty(fd) else 512
+        except OSError:    # a socket, another user's terminal (su), or a pipe on macOS
+            self.most = safe_size(fd)
 
     def write(self, queue):
         """Write as much of the queue (a list of buffers) as the stream takes, and remove that from
@@ -2023,8 +2024,6 @@ class Front(Loop):
                     send_signal(-child.pid, signal.SIGKILL)
         self.detach()
         for child in self.children:
-            if child.fd in self.busy.get_map():
-                self.busy.unregister(child.fd)
             self.drain(child)
             self.end_line(child)
         self.show_last()
