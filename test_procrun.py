@@ -3543,6 +3543,29 @@ def test_a_debugger_is_answered(tmp_path, args):
         assert run.modes() == run.before
 
 
+@needs("tmux")
+@pytest.mark.parametrize("options", ["", "--pty", "--attach web"])
+@pytest.mark.parametrize("command, leave", [
+    (PYTHON + " -i", "exit()"),
+    pytest.param("node -i", "process.exit()", marks=needs("node")),
+    pytest.param("irb -f", "exit", marks=needs("irb"))])
+def test_a_prompt_is_answered(tmp_path, options, command, leave):
+    """On a real terminal, because irb asks it where the cursor is."""
+    app = procfile(tmp_path, "web: exec %s\n" % command + TICKS.replace("0.02", "0.2"))
+    with Screen(app) as screen:
+        screen.start(options)
+        if options != "--attach web":
+            screen.shows(r"clock\.1 +\| 1$")
+            screen.type("attach web", "Enter")
+        screen.shows(r"attached to web\.1; Ctrl-. leaves it$")
+        if options:
+            screen.shows(r"^[^ ]*> *\Z")
+        screen.type("6 * 7", "Enter")
+        screen.shows(r"\b42$")
+        screen.type(leave, "Enter")
+        screen.shows(r"web\.1 +\| exited with code 0$(.*\n)*" + SHELL)
+
+
 READ_KEYS = """
 import os, tty
 tty.setraw(0)
