@@ -139,11 +139,6 @@ def printable(text):
     return text if len(text) <= 40 else text[:40] + "..."
 
 
-def plain_lines(text):
-    """The bytes of a file without a UTF-8 byte order mark, and with LF for each CR LF."""
-    return re.sub(rb"\A\xef\xbb\xbf", b"", text).replace(b"\r\n", b"\n")
-
-
 def is_comment(line):
     """Whether a line (bytes) is a comment, or blank."""
     return line.strip()[:1] in (b"", b"#")
@@ -160,9 +155,10 @@ PROCFILE_LINE = rb"(?s)([^\S\n]*#[^\n]*|(?:[^\\\n]+|\\.)*\\?)(?:\n|\Z)"
 
 
 def numbered(pattern, text):
-    """Yield (line number, match) for each match of a pattern in the text of a file (bytes)."""
-    number = 1
-    for match in re.finditer(pattern, plain_lines(text)):
+    """Yield (line number, match) for each match of a pattern in the text of a file (bytes), less
+    its UTF-8 byte order mark and the CR of each CR LF."""
+    text, number = re.sub(rb"\A\xef\xbb\xbf", b"", text).replace(b"\r\n", b"\n"), 1
+    for match in re.finditer(pattern, text):
         yield number, match
         number += match[0].count(b"\n")
 
@@ -201,10 +197,10 @@ def parse_procfile(text, source="Procfile"):
     types, lines, problems = [], {}, Problems()
     for number, match in numbered(PROCFILE_LINE, text):
         line = re.sub(rb"(\\[^\n])|\\\n", rb"\1", match[1])
-        name, _, command = line.partition(b":")
-        problem = entry_problem(line, lines)
         if is_comment(line):
             continue
+        name, _, command = line.partition(b":")
+        problem = entry_problem(line, lines)
         if problem:
             problems.add(source, number, problem)
         else:

@@ -3171,6 +3171,18 @@ def test_a_storm_of_signals(tmp_path, seed, mode):
         assert told == {1} if not seed % 2 else told <= {0, 1}
 
 
+@as_root
+@needs("setpriv")
+def test_another_users_process_is_given_up(tmp_path):
+    app = procfile(tmp_path, "web: exec setpriv --reuid=65534 --clear-groups sleep 300\n")
+    unable = "setpriv", "--bounding-set=-kill", "--inh-caps=-kill"
+    with Run(app, "start", "-t", "0.2", python=[*unable, *compiled()]) as run:
+        pid = run.find(b"sleep", b"300")
+        run.end("INT")
+        run.expect(rb"cannot end web\.1$")
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_two_that_die_in_the_same_instant(tmp_path):
     with start(tmp_path, "a: exec sleep 300\nb: exec sleep 301\nc: exec sleep 302\n") as run:
         eventually(lambda: run.read(0.1) and sleeping(run, b"30") == len(pids(run)) == 3)
@@ -3180,7 +3192,7 @@ def test_two_that_die_in_the_same_instant(tmp_path):
             eventually(lambda: is_stopped(pid))
         os.kill(pids(run)["a.1"], signal.SIGKILL)
         os.kill(pids(run)["b.1"], signal.SIGUSR2)
-        for pid in parents:
+        for pid in reversed(parents):    # or the guard could be gone already
             os.kill(pid, signal.SIGCONT)
         assert run.wait() in (128 + signal.SIGKILL, 128 + signal.SIGUSR2)
         assert fates(run, "a.1") == [b"terminated by SIGKILL"]
