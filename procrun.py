@@ -763,7 +763,7 @@ FORMATS = {    # the generator of the files, and the command that starts the app
     "systemd": (export_systemd, "systemctl daemon-reload && systemctl enable --now {app}.target"),
     "launchd": (export_launchd, "launchctl bootstrap system {location}/{app}-*.plist"),
     "supervisord": (export_supervisord, "supervisorctl update"),
-    "runit": (export_runit, "ln -s {location}/{app}-* /etc/service/"),
+    "runit": (export_runit, "ln -sf {location}/{app}-* /etc/service/"),
     "kubernetes": (export_kubernetes, "kubectl apply --server-side "
                    "-f {location}/{app}-secret.json -f {location}/{app}.json")}
 
@@ -2534,6 +2534,8 @@ def tell_done(plan, files, gone):
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     lines = [f"writing: {plan.location}/{name}" for name in files]
     lines += [f"removing: {plan.location}/{name}" for name in gone]
+    if gone:
+        lines += ["if what was removed still runs, stop it"]
     lines += [f"start it with: {start}"]
     try:
         print_out("".join(f"[procrun export] {line}\n" for line in lines))
