@@ -430,9 +430,8 @@ def exportable(what, data):
 
 def shell_quote(text):
     """Quote a text as one word for a shell."""
-    if re.fullmatch(r"(?a)[\w%+,./:=@-]+", text):
-        return text
-    return "'" + text.replace("'", "'\\''") + "'"
+    import shlex    # 2 ms, which only an export needs
+    return shlex.quote(text)
 
 
 def forwarding(text):
@@ -578,7 +577,7 @@ def export_launchd(plan, jobs):
 
 SUPERVISORD_PROGRAM = """
 [program:{job.id}]
-command=/bin/sh -c '{word}'
+command=/bin/sh -c {word}
 directory={plan.root}
 user={plan.user}
 environment=PROCRUN="{environment}"
@@ -606,8 +605,8 @@ def export_supervisord(plan, jobs):
         escaped = re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
                          shell_variables(plan, job).encode())
         log = f"stdout_logfile={job.log}\n" if job.log else ""
-        # A word for shlex; and % begins an expansion, a ; or # behind a blank a comment.
-        word = (SUPERVISORD_START + job.text).replace("'", "'\"'\"'").replace("%", "%%")
+        # There, % begins an expansion, and a ; or # behind a blank a comment.
+        word = shell_quote(SUPERVISORD_START + job.text).replace("%", "%%")
         word = re.sub(r"(\s)(?=[;#])", r"\1''", word)
         text += SUPERVISORD_PROGRAM.format(
             plan=plan, job=job, word=word, log=log,
