@@ -1729,7 +1729,7 @@ RESET = b"\x1b[?1l\x1b>\x1b[?7h\x1b[?25h\x1b[?1000;1002;1003;1004;1006;2004l\x1b
 
 class Terminal:
     """The user's terminal, standard input: it gives lines typed for procrun or, in raw mode, the
-    keys for an attached program."""
+    keys for an attached program.  Raises Failure if the system cannot tell when it is ready."""
 
     def __init__(self):
         self.modes, self.raw = termios.tcgetattr(0), False
@@ -1738,6 +1738,10 @@ class Terminal:
             self.fd = own_description(0, os.O_RDONLY)    # another reader may be faster
         except OSError:
             self.path, self.fd = os.devnull, 0
+        try:
+            DefaultSelector().register(self.fd, EVENT_READ)
+        except OSError as error:    # macOS has no events for /dev/tty
+            raise Failure(f"standard input: {error.strerror}; leave out </dev/tty")
 
     def is_ours(self):
         """Whether procrun may read it: not in the background, where reading stops procrun, nor

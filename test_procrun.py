@@ -3717,6 +3717,29 @@ def test_attach_errors_are_one_line(tmp_path, args, word):
     assert (status, out, errors.count(b"\n")) == (2, b"", 1) and word in errors
 
 
+NO_EVENTS = """
+import os, sys, selectors
+sys.path.insert(0, %r)
+import procrun
+register = selectors.DefaultSelector.register
+def refuse(self, fd, events, data=None):
+    if events == selectors.EVENT_READ and os.isatty(fd):
+        raise OSError(22, os.strerror(22))
+    return register(self, fd, events, data)
+selectors.DefaultSelector.register = refuse
+sys.exit(procrun.main())""" % HERE
+
+
+@pytest.mark.parametrize("args", [(), ("--attach", "web")])
+def test_a_terminal_without_events_is_one_line(tmp_path, args):
+    """As on macOS, where kqueue takes no /dev/tty."""
+    app = procfile(tmp_path, "web: echo up\n")
+    with Terminal(app, "start", *args, python=(sys.executable, "-c", NO_EVENTS)) as run:
+        assert run.wait() == 1
+        assert run.output == b"procrun: standard input: Invalid argument; leave out </dev/tty\n"
+        assert run.modes() == run.before
+
+
 @needs("tmux")
 def test_a_pager_keeps_its_keys_and_fg_gives_typed_commands_back(tmp_path):
     app = procfile(tmp_path, "web: seq 1 100; exec sleep 300\n")
