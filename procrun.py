@@ -1793,6 +1793,7 @@ class Front(Loop):
     signalled = None       # when a signal first asked for the end (monotonic)
     pausing = False        # Ctrl-Z, until the guard has stopped all
     failed = None          # the Child whose failure ended the set
+    scrolled = False       # whether others have written since
     lost = 0               # the exit status for output that could not be written
     attached = None        # the Child that the terminal belongs to
     attach_first = ()      # the instance that is to be attached when it starts, if any
@@ -1890,6 +1891,8 @@ class Front(Loop):
         elif child.instance not in self.options.quiet:
             self.printer.feed(child, data)
             child.last = (child.last + data[-MOST_LAST:])[-MOST_LAST:]
+            if child is not self.failed:
+                self.scrolled = True
             if b"\n" in data or not child.tail:
                 self.timers.pop(child.show_line, None)
             if child.tail and child.show_line not in self.timers:
@@ -1968,16 +1971,12 @@ class Front(Loop):
         self.say(child.ended, child)
 
     def on_failed(self, index):
-        """An instance has failed, which ends the set; note what others write from now on."""
-        self.failed = self.children[index]
-        for child in self.children:
-            if child is not self.failed:
-                child.last = b""
+        """An instance has failed, which ends the set."""
+        self.failed, self.scrolled = self.children[index], False
 
     def show_last(self):
         """Show again what the failed instance wrote last, if others have written since then."""
-        others = any(child.last for child in self.children if child is not self.failed)
-        if self.failed and self.failed.last and others and os.isatty(1):
+        if self.failed and self.failed.last and self.scrolled and os.isatty(1):
             self.say(f"last lines of {self.failed.name}:")
             lines = self.failed.last.rstrip(b"\n").split(b"\n")
             self.printer.feed(self.failed, b"\n".join(lines[-10:]))
