@@ -1632,10 +1632,9 @@ def test_what_stops_an_instance_runs_in_every_shell(tmp_path, shell):
     procfile(tmp_path, "web: sh -c 'sleep 1000 & trap \"\" TERM; touch up; wait' && touch ran\n")
     export(tmp_path, "runit", location, "-t", "1")
     service = location / "myapp-web-1"
-    text = re.search(r"(?s)exec 3<&-; (.*)'\n", service.joinpath("run").read_text())[1]
-    leader = subprocess.Popen(["/bin/sh", "-c", text.replace("'\\''", "'")], cwd=str(tmp_path),
-                              env={"PATH": os.environ["PATH"], **dict([tag.split("=")])},
-                              start_new_session=True)
+    text = shlex.split(service.joinpath("run").read_text())[-1].partition("exec 3<&-; ")[2]
+    leader = subprocess.Popen(["/bin/sh", "-c", text], cwd=str(tmp_path), start_new_session=True,
+                              env={"PATH": os.environ["PATH"], **dict([tag.split("=")])})
     eventually(tmp_path.joinpath("up").exists)
     service.joinpath("supervise").mkdir()
     for name in "pid", "group":
