@@ -2386,6 +2386,12 @@ def wrapper(app, text):
     return str(path)
 
 
+def patched(text):
+    """What stands for `python procrun.py` if this Python text has changed what it uses."""
+    begin = "import os, selectors, sys; sys.path.insert(0, %r); import procrun" % HERE
+    return sys.executable, "-c", "%s\n%s\nsys.exit(procrun.main())" % (begin, text)
+
+
 def require_root_and(*command):
     """Skip the test where this command does not work."""
     try:
@@ -2965,28 +2971,21 @@ def test_nohup_keeps_its_meaning(tmp_path):
         assert b"SIGHUP" not in run.output
 
 
-NO_SUBREAPER = ("import sys; sys.path.insert(0, %r); import procrun; "
-                "procrun.become_subreaper = bool; sys.exit(procrun.main())" % HERE)
-
-
 def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
     """As on macOS: nothing says that a leader's group has ended, but it is asked."""
-    app = procfile(tmp_path, "a: sleep 300 & exec sleep 301\nb: exec sleep 302\n")
-    with Run(app, "start", "-t", "60", python=(sys.executable, "-c", NO_SUBREAPER)) as run:
+    with start(tmp_path, "a: sleep 300 & exec sleep 301\nb: exec sleep 302\n", "-t", "60",
+               python=patched("procrun.become_subreaper = bool")) as run:
         eventually(lambda: run.read(0.05) and sleeping(run, b"30") == 3)
         run.signal(signal.SIGINT)
         assert run.wait(40) == 130    # process 1 may take its time to reap what it gets
 
 
-NO_LIST = ("import os, sys; sys.path.insert(0, %r); import procrun; listed = os.listdir; "
-           "os.listdir = lambda path: ['0', '1', '2'] if path == '/dev/fd' else listed(path); "
-           "sys.exit(procrun.main())" % HERE)
-
-
 def test_the_guard_holds_no_orders_where_open_files_are_not_listed(tmp_path):
     """As on FreeBSD, whose /dev/fd shows 0 to 2 alone."""
-    app = procfile(tmp_path, "a: echo up; exec sleep 301\n")
-    with Run(app, "start", python=(sys.executable, "-c", NO_LIST)) as run:
+    with start(tmp_path, "a: echo up; exec sleep 301\n", python=patched(
+            "listed = os.listdir\n"
+            "os.listdir = lambda path: ['0', '1', '2'] if path == '/dev/fd' else listed(path)"
+            )) as run:
         run.expect(rb"\| up$")
         run.signal(signal.SIGKILL)    # the guard sees the end of the orders
 
@@ -3717,23 +3716,20 @@ def test_attach_errors_are_one_line(tmp_path, args, word):
 
 
 NO_EVENTS = """
-import os, sys, selectors
-sys.path.insert(0, %r)
-import procrun
 register = selectors.DefaultSelector.register
 def refuse(self, fd, events, data=None):
     if events == selectors.EVENT_READ and os.isatty(fd):
         raise OSError(22, os.strerror(22))
     return register(self, fd, events, data)
 selectors.DefaultSelector.register = refuse
-sys.exit(procrun.main())""" % HERE
+"""
 
 
 @pytest.mark.parametrize("args", [(), ("--attach", "web")])
 def test_a_terminal_without_events_is_one_line(tmp_path, args):
     """As on macOS, where kqueue takes no /dev/tty."""
     app = procfile(tmp_path, "web: echo up\n")
-    with Terminal(app, "start", *args, python=(sys.executable, "-c", NO_EVENTS)) as run:
+    with Terminal(app, "start", *args, python=patched(NO_EVENTS)) as run:
         assert run.wait() == 1
         assert run.output == b"procrun: standard input: Invalid argument; leave out </dev/tty\n"
         assert run.modes() == run.before
