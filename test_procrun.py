@@ -225,9 +225,9 @@ def procfile(folder, text, env=None):
     return folder
 
 
-def start(folder, text, *args, **options):
-    """Write a Procfile and Run `start` there."""
-    return Run(procfile(folder, text), "start", *args, **options)
+def start(folder, text, *args, kind=Run, **options):
+    """Write a Procfile and run `start` there, by Run or by a kind of it."""
+    return kind(procfile(folder, text), "start", *args, **options)
 
 
 PYTHON = shlex.quote(sys.executable)
@@ -1696,9 +1696,9 @@ def test_what_kubernetes_does_not_take(tmp_path, app, text, options, said):
 # Output ------------------------------------------------------------------------------------------
 
 def test_output_format(tmp_path):
-    app = procfile(tmp_path, "web: echo hello; echo oops >&2; exec cat\na-long-name: true\n")
     before = time.time()
-    with Run(app, "start", "web", env={"TZ": "XYZ-5:30"}) as run:
+    with start(tmp_path, "web: echo hello; echo oops >&2; exec cat\na-long-name: true\n", "web",
+               env={"TZ": "XYZ-5:30"}) as run:
         run.expect(rb"oops$")
         run.end()
     clock = [time.strftime("%H:%M:%S ", time.gmtime(now + 5.5 * 3600)).encode()
@@ -1733,8 +1733,8 @@ def test_prefixes(tmp_path, args, prefix):
 
 
 def test_colours_go_by_type_in_procfile_order(tmp_path):
-    app = procfile(tmp_path, "".join("t%d: echo of $PS; exec cat\n" % n for n in range(14)))
-    with Run(app, "start", "--color", "always", "-m", "all=1,t0=2,t2=0") as run:
+    with start(tmp_path, "".join("t%d: echo of $PS; exec cat\n" % n for n in range(14)),
+               "--color", "always", "-m", "all=1,t0=2,t2=0") as run:
         plain = [b"36", b"33", b"32", b"35", b"31", b"34"]
         colours = plain + [each + b";1" for each in plain] + plain[:2]
         expected = {b"t%d.1" % place: colour for place, colour in enumerate(colours) if place != 2}
@@ -2180,8 +2180,7 @@ def test_grace_period(tmp_path, grace, polite):
     with start(tmp_path, UNWILLING, "--timeout=" + grace) as run:
         run.expect(rb"up$")
         run.expect(rb"b\.1 +\| started")
-        run.signal(signal.SIGINT)
-        assert run.wait() == 130
+        run.end()
         assert (b"no" in run.lines("a.1")) == polite
         assert (b"sending SIGTERM to all processes" in run.lines("system")) == polite
         killed = b"a.1" if polite else b"a.1, b.1"
@@ -2573,9 +2572,9 @@ def test_the_helper_holds_nothing_of_the_users(tmp_path, mode):
 @both_ways
 @pytest.mark.parametrize("output", ["quiet", "noisy"])
 def test_a_closed_terminal_ends_it(tmp_path, output, mode):
-    app = procfile(tmp_path, "a: trap '' HUP; sleep 300 & sleep 301\nb: %s\n" % {
-        "quiet": "sleep 302", "noisy": "sleep 302 & while :; do echo noise; done"}[output])
-    with Terminal(app, "start", *mode) as run:
+    with start(tmp_path, "a: trap '' HUP; sleep 300 & sleep 301\nb: %s\n" % {
+            "quiet": "sleep 302", "noisy": "sleep 302 & while :; do echo noise; done"}[output],
+            *mode, kind=Terminal) as run:
         run.expect(rb"(?s)started.*started")    # one that is written later would give 141
         eventually(lambda: run.read(0.01) and sleeping(run, b"30") == 3)
         run.process.stdout.close()
@@ -2644,7 +2643,7 @@ def test_a_stalled_stdout_ends_with_the_grace_period_or_a_second_signal(tmp_path
 
 @needs_linux
 def test_ctrl_s_delays_no_end(tmp_path):
-    with Terminal(procfile(tmp_path, "a: exec yes\n"), "start", "-t", "0.2") as run:
+    with start(tmp_path, "a: exec yes\n", "-t", "0.2", kind=Terminal) as run:
         writer = run.find(b"yes")
         run.type(b"\x13")
         eventually(lambda: stalled(writer))
@@ -2653,11 +2652,11 @@ def test_ctrl_s_delays_no_end(tmp_path):
 
 
 def test_the_reason_is_there_when_a_slow_reader_comes_to_it(tmp_path):
-    app = procfile(tmp_path, "a: exec seq 400000\nb: %secho no; exit 3\n" % UNTIL_GO)
-    with Run(app, "start", "--can-die", "a", "-t", "0.1") as run:
+    with start(tmp_path, "a: exec seq 400000\nb: %secho no; exit 3\n" % UNTIL_GO,
+               "--can-die", "a", "-t", "0.1") as run:
         writer = run.find(b"seq", b"400000")
         eventually(lambda: stalled(writer))
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         eventually(lambda: {pid for pid, _ in leftovers(run.tag)} <= {run.pid})
         pause(1.5)    # longer than any grace period here
         assert run.wait() == 3
@@ -2688,8 +2687,8 @@ def test_a_proc_of_another_namespace(tmp_path, shell):
     command = "unshare", "--pid", "--fork", *shell, *compiled()
     if subprocess.run([*command[:3], "true"]).returncode:
         pytest.skip("cannot make a PID namespace here")
-    app = procfile(tmp_path, "a: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; " + LOOP)
-    with Run(app, "start", "-t", "0.2", python=command) as run:
+    with start(tmp_path, "a: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; " + LOOP,
+               "-t", "0.2", python=command) as run:
         run.expect(rb"\| up$")
         inner = children(run.pid)[0]
         os.kill(children(inner)[0] if shell else inner, signal.SIGTERM)
@@ -2709,9 +2708,8 @@ def test_without_proc(tmp_path):
 
 
 def test_zombies_from_before(tmp_path):
-    app = procfile(tmp_path, "a: echo up; sleep 300\n")
     shell = "sh", "-c", 'true & true & exec "$@"', "sh"
-    with Run(app, "start", python=(*shell, *compiled())) as run:
+    with start(tmp_path, "a: echo up; sleep 300\n", python=(*shell, *compiled())) as run:
         run.expect(rb"\| up$")
         eventually(lambda: len(children(run.pid)) == 1)
         run.end("TERM")
@@ -2903,8 +2901,7 @@ def test_a_sigterm_right_after_a_line_is_not_lost(tmp_path, command):
 
 @needs_linux
 def test_a_child_that_stops_the_guard_and_ends(tmp_path):
-    app = procfile(tmp_path, "a: sleep 0.2; kill -STOP $PPID; exit 3\n")
-    with Run(app, "start") as run:
+    with start(tmp_path, "a: sleep 0.2; kill -STOP $PPID; exit 3\n") as run:
         assert run.wait() == 3
 
 
@@ -2959,8 +2956,8 @@ def test_the_guard_holds_no_orders_where_open_files_are_not_listed(tmp_path):
 @both_ways
 def test_a_pause_of_the_reader_tears_no_line_and_starves_nobody(tmp_path, mode):
     """What looks like an unfinished line then is one whose rest procrun has not read."""
-    app = procfile(tmp_path, "a: exec yes %s\nb: exec yes %s\n" % ("a" * 70, "b" * 70))
-    with Run(app, "start", "--no-timestamp", *mode) as run:
+    with start(tmp_path, "a: exec yes %s\nb: exec yes %s\n" % ("a" * 70, "b" * 70),
+               "--no-timestamp", *mode) as run:
         for _ in range(3):
             size = len(run.output) + 2500000
             eventually(lambda: run.read(1) and len(run.output) > size)
@@ -2995,9 +2992,8 @@ def test_the_reader_at_a_socket_goes(tmp_path):
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))    # a reset
-    app = procfile(tmp_path, "a: %s; exec yes\n" % (UNTIL % "go"))
-    with Run(app, "start", stdout=ours.fileno()) as run:
-        guard(run), theirs.close(), app.joinpath("go").touch()
+    with start(tmp_path, "a: %sexec yes\n" % UNTIL_GO, stdout=ours.fileno()) as run:
+        guard(run), theirs.close(), tmp_path.joinpath("go").touch()
         assert run.process.wait(20) == 141
     ours.close()
 
@@ -3019,12 +3015,10 @@ def test_python_has_nothing_to_warn_of(tmp_path):
 
 def test_a_stalled_stderr_hangs_nothing(tmp_path):
     reading, writing = os.pipe()
-    app = procfile(tmp_path, "a: exec yes\n")
     both = ("sh", "-c", "exec \"$@\" 2>&1", "sh", *compiled())
-    with Run(app, "start", "-t", "1", stdout=writing, python=both) as run:
+    with start(tmp_path, "a: exec yes\n", "-t", "1", stdout=writing, python=both) as run:
         eventually(lambda: not select.select((), (writing,), (), 0)[1])
-        run.signal(signal.SIGINT)
-        assert run.process.wait(20) == 130
+        run.end()
     os.close(reading), os.close(writing)
 
 
@@ -3138,9 +3132,9 @@ def test_a_storm_of_signals(tmp_path, seed, mode):
 @as_root
 @needs("setpriv")
 def test_another_users_process_is_given_up(tmp_path):
-    app = procfile(tmp_path, "web: exec setpriv --reuid=65534 --clear-groups sleep 300\n")
     unable = "setpriv", "--bounding-set=-kill", "--inh-caps=-kill"
-    with Run(app, "start", "-t", "0.2", python=[*unable, *compiled()]) as run:
+    with start(tmp_path, "web: exec setpriv --reuid=65534 --clear-groups sleep 300\n",
+               "-t", "0.2", python=[*unable, *compiled()]) as run:
         pid = run.find(b"sleep", b"300")
         run.end("INT")
         run.expect(rb"cannot end web\.1$")
@@ -3229,8 +3223,7 @@ def test_a_line_of_50_megabytes_takes_little_memory(tmp_path):
         eventually(app.joinpath("done").exists, 60)
         eventually(lambda: path.stat().st_size > size)
         assert int(facts(run.pid)["VmHWM"]) < 40000
-        run.signal(signal.SIGINT)
-        assert run.process.wait(20) == 130
+        run.end()
     [line] = [line for line in path.read_bytes().split(b"\n") if b"| x" in line]
     assert line.partition(b"| ")[2] == b"x" * size
 
@@ -3387,9 +3380,9 @@ ALONE = dict(start_new_session=True)    # no terminal at all, not even a control
 # -- start --pty
 
 def test_pty_is_the_controlling_terminal_of_each(tmp_path):
-    app = procfile(tmp_path, "web: test -t 1 && test -t 2 && readlink /proc/$$/fd/1;"
-                             " echo by name >/dev/tty\n")
-    with Run(app, "start", "--pty", "-c", "web=2", "--can-die", "web", **ALONE) as run:
+    with start(tmp_path, "web: test -t 1 && test -t 2 && readlink /proc/$$/fd/1;"
+               " echo by name >/dev/tty\n",
+               "--pty", "-c", "web=2", "--can-die", "web", **ALONE) as run:
         assert run.wait() == 0
         outputs = [run.lines(name)[1:-1] for name in ("web.1", "web.2")]
         assert [each[1:] for each in outputs] == [[b"by name"]] * 2
@@ -3486,8 +3479,8 @@ printf '\033[?1049h\033[?25l\033[?1000h\033[?2004h\033[31mfull'; stty raw -echo;
 
 
 def test_lines_are_typed_to_a_process_without_a_terminal(tmp_path):
-    app = procfile(tmp_path, "web: while read x; do echo got $x; done; echo end\n" + TICKS)
-    with Terminal(app, "start") as run:
+    with start(tmp_path, "web: while read x; do echo got $x; done; echo end\n" + TICKS,
+               kind=Terminal) as run:
         for text in (b"one", b"two"):
             run.expect(rb"clock\.1 +\| \d+\n\Z")
             run.type(b"attach web\r")
@@ -3506,8 +3499,7 @@ def test_lines_are_typed_to_a_process_without_a_terminal(tmp_path):
 @pytest.mark.parametrize("args", [(), ("--pty",), ("--attach", "web")])
 def test_a_debugger_is_answered(tmp_path, args):
     tmp_path.joinpath("app.py").write_text(DEBUGGED)
-    app = procfile(tmp_path, "web: exec %s app.py\n" % PYTHON + TICKS)
-    with Terminal(app, "start", *args) as run:
+    with start(tmp_path, "web: exec %s app.py\n" % PYTHON + TICKS, *args, kind=Terminal) as run:
         run.expect(rb"\(Pdb\) ")
         if "--attach" not in args:
             run.type(b"attach web\r")
@@ -3555,8 +3547,8 @@ while True:
 
 def test_an_attached_program_gets_every_key_but_one(tmp_path):
     tmp_path.joinpath("keys.py").write_text(READ_KEYS)
-    app = procfile(tmp_path, "web: exec %s -u keys.py\n" % PYTHON + TICKS)
-    with Terminal(app, "start", "--attach", "web") as run:
+    with start(tmp_path, "web: exec %s -u keys.py\n" % PYTHON + TICKS, "--attach", "web",
+               kind=Terminal) as run:
         run.expect(rb"^raw$")
         for key in (b"\x03", b"\x1a", b"\x1c", b"\x13", b"\x04", b"\r"):
             run.type(key)
@@ -3594,8 +3586,8 @@ def test_what_was_not_taken_before_detach_is_dropped(tmp_path):
 
 
 def test_an_attached_program_has_the_whole_window(tmp_path):
-    app = procfile(tmp_path, "web: trap 'stty size' WINCH; echo up; %s\n" % LOOP)
-    with Terminal(app, "start", "--pty", size=(30, 100)) as run:
+    with start(tmp_path, "web: trap 'stty size' WINCH; echo up; %s\n" % LOOP, "--pty",
+               kind=Terminal, size=(30, 100)) as run:
         run.expect(rb"\| up$")
         run.type(b"attach web\r")
         run.expect(rb"^30 100$")
@@ -3665,9 +3657,7 @@ def test_the_terminal_is_as_it_was_after(tmp_path, way):
 
 
 def test_a_pty_has_the_modes_of_the_users_terminal(tmp_path):
-    app = procfile(tmp_path, "web: stty -a\n")
-
-    with Terminal(app, "start", "--pty", "--can-die", "web", prepare=lambda: subprocess.run(
+    with start(tmp_path, "web: stty -a\n", "--pty", kind=Terminal, prepare=lambda: subprocess.run(
             ["stty", "erase", "^X", "intr", "^G"], check=True)) as run:
         assert run.wait() == 0
         assert b"intr = ^G" in run.output and b"erase = ^X" in run.output
@@ -3686,8 +3676,8 @@ selectors.DefaultSelector.register = refuse
 @pytest.mark.parametrize("args", [(), ("--attach", "web")])
 def test_a_terminal_without_events_is_one_line(tmp_path, args):
     """As on macOS, where kqueue takes no /dev/tty."""
-    app = procfile(tmp_path, "web: echo up\n")
-    with Terminal(app, "start", *args, python=patched(NO_EVENTS)) as run:
+    with start(tmp_path, "web: echo up\n", *args, kind=Terminal,
+               python=patched(NO_EVENTS)) as run:
         assert run.wait() == 1
         assert run.output == b"procrun: standard input: Invalid argument; leave out </dev/tty\n"
         assert run.modes() == run.before
@@ -3747,8 +3737,8 @@ def test_last_lines_of_what_failed_are_shown_again(tmp_path, other, again):
 
 
 def test_who_is_waited_for_is_told_at_once_on_a_terminal(tmp_path):
-    app = procfile(tmp_path, "a: {0}\nb: {0}\n".format("trap '' TERM INT; echo deaf; read never"))
-    with Terminal(app, "start", "-c", "b=2", "-t", "0.5") as run:
+    with start(tmp_path, "a: {0}\nb: {0}\n".format("trap '' TERM INT; echo deaf; read never"),
+               "-c", "b=2", "-t", "0.5", kind=Terminal) as run:
         for name in (rb"a\.1", rb"b\.1", rb"b\.2"):
             run.expect(name + rb" +\| deaf$")
         run.type(b"\x03")
@@ -4131,7 +4121,7 @@ def test_a_full_disk_is_one_line(tmp_path, command):
 
 
 def test_a_terminal_that_has_no_size(tmp_path):
-    with Terminal(procfile(tmp_path, "a: stty size\n"), "start", "--pty", size=(0, 0)) as run:
+    with start(tmp_path, "a: stty size\n", "--pty", kind=Terminal, size=(0, 0)) as run:
         assert run.wait() == 0
         assert run.lines("a.1")[1] == b"24 80"
 
@@ -4165,8 +4155,8 @@ def test_typed_restart(tmp_path, typed, again):
 
 
 def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
-    app = procfile(tmp_path, "a: echo up; exec sleep 300\nb: echo up; exec sleep 301\n")
-    with Terminal(app, "start", size=(24, 200)) as run:
+    with start(tmp_path, "a: echo up; exec sleep 300\nb: echo up; exec sleep 301\n",
+               kind=Terminal, size=(24, 200)) as run:
         ups(run, "a.1", 1), ups(run, "b.1", 1)
         eventually(lambda: sleeping(run, b"30") == 2)
         for count, word in enumerate([b"help", b"nonsense"], 1):
@@ -4201,12 +4191,12 @@ def test_no_command_is_read_but_from_a_terminal(tmp_path, opening):
 
 
 def test_keep_going_and_the_restart_of_one_that_failed(tmp_path):
-    app = procfile(tmp_path, "a: echo up; exit 3\nb: echo up; " + UNTIL_GO + "exit 4\n")
-    with Terminal(app, "start", "--keep-going") as run:
+    with start(tmp_path, "a: echo up; exit 3\nb: echo up; " + UNTIL_GO + "exit 4\n",
+               "--keep-going", kind=Terminal) as run:
         run.expect(rb"a\.1 +\| exited with code 3$")
         run.type(b"restart a\n")
         ups(run, "a.1", 2), ups(run, "b.1", 1)
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         assert run.wait() == 3
 
 
