@@ -2063,11 +2063,10 @@ def test_what_a_process_gets(tmp_path):
 @needs("node")
 def test_a_stdin_of_its_own(tmp_path):
     """node makes its own non-blocking, and another may wait for its own nevertheless."""
-    app = procfile(tmp_path, "a: exec node -e 'process.stdin.resume(); console.log(\"up\")'\n"
-                             "b: %s; echo reads; cat; echo never\n" % UNTIL % "go")
-    with Run(app, "start") as run:
+    with start(tmp_path, "a: exec node -e 'process.stdin.resume(); console.log(\"up\")'\n"
+                         "b: %secho reads; cat; echo never\n" % UNTIL_GO) as run:
         run.expect(rb"\| up$")
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         run.expect(rb"\| reads$")
         cat = run.find(b"cat")
         eventually(lambda: facts(cat)["State"] == "S")    # it waits for something to read
@@ -2111,13 +2110,12 @@ def test_environment_of_a_process(tmp_path, env, dotenv, expected):
 ])
 def test_any_exit_ends_the_set(tmp_path, command, status, told):
     """With the status of the first that ended by itself; its last words come before its exit."""
-    app = procfile(tmp_path, "first: " + UNTIL % "go" + "; printf 'a\\nlast'; " + command + "\n"
-                             "term: trap 'echo got it; exit 9' TERM; echo up; " + LOOP + "\n"
-                             "tree: sleep 300 & sleep 301 & echo up; wait\n")
-    with Run(app, "start") as run:
+    with start(tmp_path, "first: " + UNTIL_GO + "printf 'a\\nlast'; " + command + "\n"
+                         "term: trap 'echo got it; exit 9' TERM; echo up; " + LOOP + "\n"
+                         "tree: sleep 300 & sleep 301 & echo up; wait\n") as run:
         run.expect(rb"term\.1 +\| up$")
         run.expect(rb"tree\.1 +\| up$")
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         assert run.wait() == status
         first = run.lines("first.1")
         assert (first[1], first[2][:4], first[-1], len(first)) == (b"a", b"last", told, 4)
@@ -2140,10 +2138,9 @@ def insist(run, number):
 @pytest.mark.parametrize("first, second", [("INT", "INT"), ("TERM", "TERM"), ("INT", "TERM"),
                                            ("HUP", "INT"), ("crash", "INT")])
 def test_a_second_signal_kills_at_once(tmp_path, first, second):
-    app = procfile(tmp_path, UNWILLING + "c: %sexit 3\n" % UNTIL_GO)
-    with Run(app, "start", "-t", "60") as run:
+    with start(tmp_path, UNWILLING + "c: %sexit 3\n" % UNTIL_GO, "-t", "60") as run:
         run.expect(rb"up$")
-        status = begin(run, app, first)
+        status = begin(run, tmp_path, first)
         run.expect(rb"no$")
         run.expect(rb"\| waiting for a\.1 \(SIGKILL in \d+ s; Ctrl-C kills now\)$")
         insist(run, getattr(signal, "SIG" + second))
@@ -2401,11 +2398,10 @@ d: """ + UNTIL_GO + "exit %d\n" % (3 * (how == "crash")))
 
 @both_ways
 def test_a_deaf_member_outlives_its_leader_for_the_grace_period(tmp_path, mode):
-    app = procfile(tmp_path, "a: (trap '' TERM HUP; exec >/dev/null 2>&1; touch deaf;"
-                             " while :; do sleep 0.1; done) & " + UNTIL_GO + "exit 3\n")
-    with Run(app, "start", "-t", "1.5", *mode) as run:
-        eventually(app.joinpath("deaf").exists)
-        app.joinpath("go").touch()
+    with start(tmp_path, "a: (trap '' TERM HUP; exec >/dev/null 2>&1; touch deaf; " + LOOP +
+                         ") & " + UNTIL_GO + "exit 3\n", "-t", "1.5", *mode) as run:
+        eventually(tmp_path.joinpath("deaf").exists)
+        tmp_path.joinpath("go").touch()
         run.expect(rb"a\.1 +\| exited with code 3$")
         run.expect(rb"\| waiting for a\.1 \(SIGKILL in")
         assert run.wait() == 3
@@ -2446,11 +2442,10 @@ def test_what_had_left_its_group_is_named_at_the_end(tmp_path):
 
 
 def test_a_guard_that_is_stopped_all_the_time(tmp_path):
-    app = procfile(tmp_path, "a: trap '' TERM; echo up; " + UNTIL_GO
-                             + "while :; do kill -STOP $PPID; done\n")
-    with Run(app, "start", "-t", "0.2") as run:
+    with start(tmp_path, "a: trap '' TERM; echo up; " + UNTIL_GO
+                         + "while :; do kill -STOP $PPID; done\n", "-t", "0.2") as run:
         run.expect(rb"\| up$")    # a guard that is stopped before has nothing to tell
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         eventually(lambda: is_stopped(guard(run)))
         run.signal(signal.SIGINT)
         assert run.wait(20) in (1, 130)    # 130 if the guard had a moment to act
@@ -2544,9 +2539,7 @@ def test_kill_9_of_the_helper_ends_the_set(tmp_path, mode):
 def test_the_helper_holds_nothing_of_the_users(tmp_path, mode):
     # As in `procrun start | cat`: cat ends when procrun is gone, while the helper still waits.
     reading, writing = os.pipe()
-    app = procfile(tmp_path, "deaf: trap '' TERM HUP; echo up;"
-                             " while :; do sleep 0.1; done\n")
-    with Run(app, "start", "-t", "60", *mode, pass_fds=[writing]) as run:
+    with start(tmp_path, "deaf: %s\n" % DEAF, "-t", "60", *mode, pass_fds=[writing]) as run:
         os.close(writing)
         run.expect(rb"\| up$")
         helper, leader = guard(run), pids(run)["deaf.1"]
@@ -2599,14 +2592,13 @@ def test_a_closed_reader_ends_it(tmp_path, text):
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
 def test_streams_closed_from_the_start_and_no_terminal(tmp_path, closed):
-    app = procfile(tmp_path, "a: ls /proc/self/fd | cat >fds; echo hello; touch done; "
-                             + UNTIL_GO + "exit 7\n")
-    with Run(app, "start", start_new_session=True,
-             preexec_fn=lambda: [os.close(fd) for fd in closed]) as run:
-        eventually(app.joinpath("done").exists)
-        assert app.joinpath("fds").read_text() == "0\n1\n2\n3\n"    # and the one that ls opens
+    with start(tmp_path, "a: ls /proc/self/fd | cat >fds; echo hello; touch done; "
+                         + UNTIL_GO + "exit 7\n", start_new_session=True,
+               preexec_fn=lambda: [os.close(fd) for fd in closed]) as run:
+        eventually(tmp_path.joinpath("done").exists)
+        assert (tmp_path / "fds").read_text() == "0\n1\n2\n3\n"    # and the one that ls opens
         assert {opened(run.pid)[fd] for fd in closed} == {"/dev/null"}
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         assert run.wait() == 7
         assert run.lines("a.1")[1:] == ([] if 1 in closed else [b"hello", b"exited with code 7"])
         assert b"Traceback" not in run.output
@@ -2784,9 +2776,8 @@ def test_fork_failure(tmp_path, limit, message):
     become = ("setpriv --reuid=%d --clear-groups --inh-caps=-all,+dac_override "
               "--ambient-caps=-all,+dac_override" % (54321 + limit))
     require_root_and(*become.split(), "true")
-    app = procfile(tmp_path, "a: exec sleep 300\n")
-    with Run(app, "start", "-c", "a=5", executable=wrapper(
-            app, 'exec %s "$PYTHON" "$@"' % become), preexec_fn=lambda: resource.setrlimit(
+    with start(tmp_path, "a: exec sleep 300\n", "-c", "a=5", executable=wrapper(
+            tmp_path, 'exec %s "$PYTHON" "$@"' % become), preexec_fn=lambda: resource.setrlimit(
                 resource.RLIMIT_NPROC, (limit, limit))) as run:
         assert run.wait() == 1
         assert message in run.output.decode() and b"Traceback" not in run.output
@@ -2812,9 +2803,9 @@ def test_too_few_fds(tmp_path, limit):
 @both_ways
 def test_many_processes(tmp_path, mode):
     count = 600 if LONG else 110
-    app = procfile(tmp_path, "a: echo $(ulimit -Sn) $(ulimit -Hn) up; exec sleep 300\n")
-    with Run(app, "start", "-m", "a=%d" % count, *mode, preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_NOFILE, (100, 4096))) as run:
+    with start(tmp_path, "a: echo $(ulimit -Sn) $(ulimit -Hn) up; exec sleep 300\n",
+               "-m", "a=%d" % count, *mode, preexec_fn=lambda: resource.setrlimit(
+                   resource.RLIMIT_NOFILE, (100, 4096))) as run:
         eventually(lambda: run.read(0.1) and run.output.count(b" up\n") == count, 30)
         assert run.output.count(b"| 100 4096 up\n") == count
         eventually(lambda: sleeping(run, b"300") == count)    # none is on its way there any more
@@ -3174,11 +3165,10 @@ def test_the_last_lines_come_before_the_exit(tmp_path, mode):
 
 @both_ways
 def test_the_last_lines_from_a_sigterm_handler(tmp_path, mode):
-    app = procfile(tmp_path, "a: trap 'seq 50000; exit' TERM; echo up; sleep 300 & wait\n"
-                             "b: " + UNTIL_GO + "exit 3\n")
-    with Run(app, "start", "-t", "30", "-c", "a=2", *mode) as run:
+    with start(tmp_path, "a: trap 'seq 50000; exit' TERM; echo up; sleep 300 & wait\n"
+                         "b: " + UNTIL_GO + "exit 3\n", "-t", "30", "-c", "a=2", *mode) as run:
         eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") == 2)
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         assert run.wait(30) == 3
         for name in ("a.1", "a.2"):
             lines = run.lines(name)
@@ -3230,11 +3220,11 @@ def test_a_line_of_50_megabytes_takes_little_memory(tmp_path):
 
 @both_ways
 def test_a_child_that_closed_its_output_costs_no_cpu(tmp_path, mode):
-    app = procfile(tmp_path, "a: exec <&- >&- 2>&-; touch closed; exec sleep 300\n"
-                             "b: (setsid sleep 301 >/dev/null 2>&1 &); exit 0\n")
-    with Run(app, "start", "--can-die", "b", *mode) as run:
+    with start(tmp_path, "a: exec <&- >&- 2>&-; touch closed; exec sleep 300\n"
+                         "b: (setsid sleep 301 >/dev/null 2>&1 &); exit 0\n",
+               "--can-die", "b", *mode) as run:
         run.expect(rb"b\.1 +\| exited with code 0$")
-        eventually(app.joinpath("closed").exists)
+        eventually(tmp_path.joinpath("closed").exists)
         eventually(lambda: idle(run))
         run.end()
         assert fates(run, "a.1") == [b"terminated by SIGTERM"]
@@ -3390,9 +3380,8 @@ def test_pty_is_the_controlling_terminal_of_each(tmp_path):
 
 
 def test_pty_output_is_one_ordered_stream_and_told_before_the_exit(tmp_path):
-    app = procfile(tmp_path, "web: for i in 1 2 3; do echo o$i; echo e$i >&2; done; seq 20000;"
-                             " printf 'cr\\r\\n\\n\\tlast '; exit 3\n")
-    with Run(app, "start", "--pty", stdout=subprocess.PIPE, **ALONE) as run:
+    with start(tmp_path, "web: for i in 1 2 3; do echo o$i; echo e$i >&2; done; seq 20000;"
+                         " printf 'cr\\r\\n\\n\\tlast '; exit 3\n", "--pty", **ALONE) as run:
         assert run.wait() == 3
         assert run.lines("web.1")[1:] == [
             b"o1", b"e1", b"o2", b"e2", b"o3", b"e3", *(b"%d" % n for n in range(1, 20001)),
@@ -3431,9 +3420,9 @@ def test_size_and_type_of_a_pty_without_a_terminal(tmp_path, given, expected):
     ("--color always", True, [b"\033[31mred\033[m", b"\033[Kb"]),
     ("--pty", True, [b"red", b"\033[Kb"])])
 def test_what_is_taken_out_goes_by_colour_and_terminal(tmp_path, args, terminal, lines):
-    app = procfile(tmp_path, "web: printf '\\033[31mred\\033[m\\n\\033[Kb\\033['\n")
-    make, options = (Terminal, {}) if terminal else (Run, ALONE)    # NO_COLOR is set there
-    with make(app, "start", "--no-timestamp", *args.split(), **options) as run:
+    options = {"kind": Terminal} if terminal else ALONE    # NO_COLOR is set there
+    with start(tmp_path, "web: printf '\\033[31mred\\033[m\\n\\033[Kb\\033['\n",
+               "--no-timestamp", *args.split(), **options) as run:
         assert run.wait() == 0
         for line in lines:
             run.expect(rb"^(\033\[36m)?web\.1  \| (\033\[0m)?" + re.escape(line) + b"$")
@@ -3564,8 +3553,8 @@ def test_an_attached_program_gets_every_key_but_one(tmp_path):
 @needs_linux
 def test_what_was_not_taken_before_detach_is_dropped(tmp_path):
     """Ctrl-D, and that the program reads again, are seen at the same time."""
-    app = procfile(tmp_path, "web: echo up; " + UNTIL_GO + "exec cat >got\n")
-    with Terminal(app, "start") as run:
+    got = tmp_path / "got"
+    with start(tmp_path, "web: echo up; " + UNTIL_GO + "exec cat >got\n", kind=Terminal) as run:
         run.expect(rb"\| up$")
         run.type(b"attach web\n")
         run.expect(rb"attached to web\.1")
@@ -3576,8 +3565,8 @@ def test_what_was_not_taken_before_detach_is_dropped(tmp_path):
         run.signal(signal.SIGSTOP)
         eventually(lambda: is_stopped(run.pid))
         run.type(b"\x04")
-        app.joinpath("go").touch()
-        eventually(lambda: app.joinpath("got").exists() and app.joinpath("got").stat().st_size)
+        tmp_path.joinpath("go").touch()
+        eventually(lambda: got.exists() and got.stat().st_size)
         run.signal(signal.SIGCONT)
         run.type(b"ps\n")
         run.expect(rb"web\.1  PORT=\d+, pid")
@@ -3685,8 +3674,7 @@ def test_a_terminal_without_events_is_one_line(tmp_path, args):
 
 @needs("tmux")
 def test_a_pager_keeps_its_keys_and_fg_gives_typed_commands_back(tmp_path):
-    app = procfile(tmp_path, "web: seq 1 100; exec sleep 300\n")
-    with Screen(app) as screen:
+    with Screen(procfile(tmp_path, "web: seq 1 100; exec sleep 300\n")) as screen:
         screen.start("--no-timestamp", "|", "less")
         screen.shows(r"^web\.1  \| 1$")
         screen.type(" ")
@@ -4141,9 +4129,9 @@ def ups(run, name, count):
 def test_typed_restart(tmp_path, typed, again):
     """The one that ignores SIGTERM is killed after the grace period; and one that fails when it is
     asked to end does not end the set."""
-    app = procfile(tmp_path, "web: trap 'exit 1' TERM; echo up; %s\n"
-                             "deaf: trap '' TERM; echo up; %s\n" % (LOOP, LOOP))
-    with Terminal(app, "start", "-t", "0.5", "-c", "web=2") as run:
+    with start(tmp_path, "web: trap 'exit 1' TERM; echo up; %s\n"
+                         "deaf: trap '' TERM; echo up; %s\n" % (LOOP, LOOP),
+               "-t", "0.5", "-c", "web=2", kind=Terminal) as run:
         for name in ("web.1", "web.2", "deaf.1"):
             ups(run, name, 1)
         run.type(b"\x04" + typed + b"\n")
@@ -4201,26 +4189,23 @@ def test_keep_going_and_the_restart_of_one_that_failed(tmp_path):
 
 
 def test_a_typed_restart_waits_for_the_group(tmp_path):
-    app = procfile(tmp_path, "a: (trap '' TERM; %s; echo gone) & echo up; exec sleep 300\n"
-                   % (UNTIL % "free"))
-    with Terminal(app, "start", "-t", "30") as run:
+    with start(tmp_path, "a: (trap '' TERM; %secho gone) & echo up; exec sleep 300\n" % UNTIL_GO,
+               "-t", "30", kind=Terminal) as run:
         ups(run, "a.1", 1)
         eventually(lambda: sleeping(run, b"300"))
         run.type(b"restart a\n")
         run.expect(rb"a\.1 +\| terminated by SIGTERM$")
-        app.joinpath("free").touch()
+        tmp_path.joinpath("go").touch()
         ups(run, "a.1", 2)
         lines = run.lines("a.1")
         assert lines.index(b"gone") < len(lines) - 1 - lines[::-1].index(b"up")
         run.type(b"restart a\n")
-        run.signal(signal.SIGINT)    # whichever comes first
-        assert run.wait() == 130
+        run.end()    # whichever comes first
 
 
 def test_a_shutdown_that_follows_a_restart_at_once(tmp_path):
-    app = procfile(tmp_path, "a: (trap 'echo saved >&2; exit' TERM; echo up >&2;"
-                             " while :; do sleep 0.02; done) | cat\n")
-    with Terminal(app, "start", "-t", "30") as run:
+    with start(tmp_path, "a: (trap 'echo saved >&2; exit' TERM; echo up >&2; %s) | cat\n" % LOOP,
+               "-t", "30", kind=Terminal) as run:
         ups(run, "a.1", 1)
         run.type(b"restart a\n")
         run.expect(rb"\nrestart a\n")
@@ -4230,15 +4215,15 @@ def test_a_shutdown_that_follows_a_restart_at_once(tmp_path):
 
 def test_a_restart_during_a_shutdown_is_without_effect(tmp_path):
     """Neither on what is ending, nor on what has ended."""
-    app = procfile(tmp_path, "a: trap 'echo asked' TERM; echo up; %sexit 0\nb: :\n" % UNTIL_GO)
-    with Terminal(app, "start", "-t", "60", "--can-die", "b") as run:
+    with start(tmp_path, "a: trap 'echo asked' TERM; echo up; %sexit 0\nb: :\n" % UNTIL_GO,
+               "-t", "60", "--can-die", "b", kind=Terminal) as run:
         ups(run, "a.1", 1)
         run.expect(rb"b\.1 +\| exited")
         run.signal(signal.SIGTERM)
         run.expect(rb"\| asked$")
         run.type(b"restart\nps\n")
         run.expect(rb"system \| a\.1  PORT=\d+, pid \d+, running")    # both have been read
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         assert run.wait() == 143
         assert run.lines("a.1").count(b"asked") == 1
         assert run.output.count(b"started with pid") == 2
