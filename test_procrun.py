@@ -902,11 +902,6 @@ def randomly(number, seed):
             for _ in range(number)]
 
 
-def env_line(name, value):
-    """A line of a .env file for any value."""
-    return b'%s="%s"\n' % (name, re.sub(rb'([\\"$])', rb"\\\1", value).replace(b"\n", b"\\n"))
-
-
 def awkward_commands():
     """Commands for the Procfile, the variables that they use, and some others."""
     words = [each.replace(b"\n", b"").replace(b"'", b"'\\''") for each in randomly(300, "words")]
@@ -934,8 +929,10 @@ def awkward_app(folder, commands, variables):
     folder.joinpath("snippet.sh").write_text("SNIPPET='a  b'\n")
     folder.joinpath("my prog.sh").write_text("#!/bin/sh\nprintf '<%s>' \"$@\"\n")
     folder.joinpath("my prog.sh").chmod(0o755)
+    quoted = {name: re.sub(rb'([\\"$])', rb"\\\1", value).replace(b"\n", b"\\n")
+              for name, value in variables.items()}
     procfile(folder, b"".join(b"c%d: %s\n" % item for item in enumerate(commands, 1)),
-             b"PORT=6000\nPS=nobody\n" + b"".join(map(env_line, *zip(*variables.items()))))
+             b"PORT=6000\nPS=nobody\n" + b"".join(b'%s="%s"\n' % item for item in quoted.items()))
     return [command.replace(b"\\\n", b"") for command in commands]
 
 
@@ -1300,10 +1297,9 @@ def test_values_are_for_the_owner_alone(tmp_path, format):
         else:
             assert modes[path] in (0o600, 0o644, 0o755), path
     assert 0o600 in modes.values()
-    if format in ("upstart", "systemd", "runit"):
-        assert modes[{"runit": "myapp-web-1/run", "upstart": "myapp.conf",
-                      "systemd": "myapp-web-1.service"}[format]] == (
-            0o755 if format == "runit" else 0o644)
+    public = {"runit": ("myapp-web-1/run", 0o755), "upstart": ("myapp.conf", 0o644),
+              "systemd": ("myapp-web-1.service", 0o644)}
+    assert format not in public or public[format] in modes.items()
     assert not [path for path, (mode, _) in tree(tmp_path / "out").items() if mode & 0o022]
     export(tmp_path, format, tmp_path / "out", prepare=lambda: os.umask(0o777))
     assert modes == {path: mode for path, (mode, data) in tree(tmp_path / "out").items()
@@ -2107,9 +2103,11 @@ def test_environment_of_a_process(tmp_path, env, dotenv, expected):
     ("kill -9 $$", 137, b"terminated by SIGKILL"),
     ("kill -TERM $$", 143, b"exited with code 143"),
     ("kill -SEGV $$", 139, b"terminated by SIGSEGV"),
+    pytest.param("kill -STOP $PPID; exit 3", 3, b"exited with code 3", marks=needs_linux),
 ])
 def test_any_exit_ends_the_set(tmp_path, command, status, told):
-    """With the status of the first that ended by itself; its last words come before its exit."""
+    """With the status of the first that ended by itself, even if that has stopped the guard; its
+    last words come before its exit."""
     with start(tmp_path, "first: " + UNTIL_GO + "printf 'a\\nlast'; " + command + "\n"
                          "term: trap 'echo got it; exit 9' TERM; echo up; " + LOOP + "\n"
                          "tree: sleep 300 & sleep 301 & echo up; wait\n") as run:
@@ -2381,14 +2379,13 @@ def require_root_and(*command):
     *((how, MODES[0]) for how in ("INT", "TERM", "HUP", "QUIT", "crash", "exit")),
     *((how, MODES[-1]) for how in ("HUP", "crash"))])
 def test_nothing_is_left_of_trees(tmp_path, how, mode):
-    app = procfile(tmp_path, r"""
+    with start(tmp_path, r"""
 a: sleep 300 & sleep 301
 b: (sleep 302; echo never) & (sleep 303 | cat | sleep 304) & sleep 305; :
 c: while :; do sleep 306; done & sh -c 'sleep 307 & sleep 308 & wait'; :
-d: """ + UNTIL_GO + "exit %d\n" % (3 * (how == "crash")))
-    with Run(app, "start", *mode) as run:
+d: """ + UNTIL_GO + "exit %d\n" % (3 * (how == "crash")), *mode) as run:
         eventually(lambda: sleeping(run, b"30") == 9)
-        status = begin(run, app, how)
+        status = begin(run, tmp_path, how)
         assert run.wait() == status
         assert fates(run, "a.1") == [b"exited with code 143"]
         if hasattr(signal, "SIG" + how):
@@ -2412,7 +2409,7 @@ def test_a_deaf_member_outlives_its_leader_for_the_grace_period(tmp_path, mode):
 @pytest.mark.parametrize("how, mode", [
     ("INT", MODES[0]), ("crash", MODES[0]), ("crash", MODES[-1])])
 def test_escapees_are_found_and_ended(tmp_path, how, mode):
-    app = procfile(tmp_path, r"""
+    with start(tmp_path, r"""
 a: setsid sleep 306 & sleep 300
 b: (setsid sh -c 'sleep 307 & exec sleep 308' </dev/null >/dev/null 2>&1 &); sleep 301
 c: (setsid sh -c 'trap "" TERM HUP; setsid sleep 309 & while :; do echo here; sleep .1; done' &) \
@@ -2421,15 +2418,14 @@ d: (setsid sh -c 'trap "echo ended >said; setsid sleep 310 & exit" TERM; sleep 3
    ; sleep 303
 e: trap '' HUP; setsid sleep 312 >/dev/null 2>&1 & (setsid setsid sleep 313 >/dev/null 2>&1 &) \
    ; exit 0
-f: """ + UNTIL_GO + "exit 3\n")
-    with Run(app, "start", "-t", "1", "--can-die", "e", *mode) as run:
+f: """ + UNTIL_GO + "exit 3\n", "-t", "1", "--can-die", "e", *mode) as run:
         run.expect(rb"c\.1 +\| here$")
         run.expect(rb"e\.1 +\| exited with code 0$")
         eventually(lambda: sleeping(run, b"30") + sleeping(run, b"31") == 11)
-        status = begin(run, app, how)
+        status = begin(run, tmp_path, how)
         assert run.wait() == status
         assert not leftovers(run.tag)
-        assert app.joinpath("said").read_text() == "ended\n"    # it was asked before it was killed
+        assert (tmp_path / "said").read_text() == "ended\n"    # it was asked before it was killed
 
 
 def test_what_had_left_its_group_is_named_at_the_end(tmp_path):
@@ -2512,16 +2508,15 @@ def test_kill_9_at_any_moment_leaves_nothing(tmp_path, mode):
 
 @both_ways
 def test_kill_9_grants_the_grace_period(tmp_path, mode):
-    app = procfile(tmp_path, r"""
+    with start(tmp_path, r"""
 a: trap '' HUP; trap 'touch bye.$PS; exit' TERM; echo up; sleep 300 & wait
 b: trap '' HUP; (setsid sh -c 'trap "touch bye.escapee; exit" TERM; echo up; sleep 301 & wait' &) \
    ; sleep 302
-c: """ + DEAF)
-    with Run(app, "start", "-t", "1", "-c", "a=2", *mode) as run:
+c: """ + DEAF, "-t", "1", "-c", "a=2", *mode) as run:
         eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") == 4)
         run.signal(signal.SIGKILL)
         began = time.monotonic()
-        eventually(lambda: len(list(app.glob("bye.*"))) == 3)
+        eventually(lambda: len(list(tmp_path.glob("bye.*"))) == 3)
         eventually(lambda: not leftovers(run.tag)[1:])    # but the unreaped procrun
         assert time.monotonic() - began >= 1
 
@@ -2888,12 +2883,6 @@ def test_a_sigterm_right_after_a_line_is_not_lost(tmp_path, command):
             eventually(lambda: run.read(0.1) and run.output.count(b"| up\n") > 30)
             run.end()
             assert b"never" not in run.output
-
-
-@needs_linux
-def test_a_child_that_stops_the_guard_and_ends(tmp_path):
-    with start(tmp_path, "a: sleep 0.2; kill -STOP $PPID; exit 3\n") as run:
-        assert run.wait() == 3
 
 
 @needs_linux
@@ -3394,10 +3383,9 @@ def test_pty_output_is_one_ordered_stream_and_told_before_the_exit(tmp_path):
     (["--pty", "web", "--no-prefix"], 100), (["--pty", "-c", "web-server=10"], 75),
 ])
 def test_window_size_is_the_terminal_less_the_prefix(tmp_path, args, columns):
-    app = procfile(tmp_path, "web: trap 'stty size </dev/tty' WINCH; stty size </dev/tty;"
-                             " while :; do sleep 0.02; done\n"
-                             "web-server: sleep 300\n")
-    with Terminal(app, "start", *args, size=(30, 100)) as run:
+    with start(tmp_path, "web: trap 'stty size </dev/tty' WINCH; stty size </dev/tty; %s\n"
+                         "web-server: sleep 300\n" % LOOP,
+               *args, kind=Terminal, size=(30, 100)) as run:
         run.expect(rb"(^|\| )30 %d$" % columns)
         run.resize(40, 120)
         run.expect(rb"(^|\| )40 %d$" % (columns + 20))
@@ -3711,12 +3699,11 @@ def test_quiet_drops_output_and_tells_exits(tmp_path):
     ("trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.1; done", True),
     ("echo up; exec sleep 300", False)])
 def test_last_lines_of_what_failed_are_shown_again(tmp_path, other, again):
-    app = procfile(tmp_path, "web: for n in $(seq 20); do echo line $n; done; printf 'half\\r50'; "
-                             + UNTIL_GO + "exit 3\nworker: %s\n" % other)
-    with Terminal(app, "start") as run:
+    with start(tmp_path, "web: for n in $(seq 20); do echo line $n; done; printf 'half\\r50'; "
+                         + UNTIL_GO + "exit 3\nworker: %s\n" % other, kind=Terminal) as run:
         run.expect(rb"line 20$")
         run.expect(rb"\| up$")
-        app.joinpath("go").touch()
+        tmp_path.joinpath("go").touch()
         assert run.wait() == 3
         shown = run.output.partition(b"last lines of web.1:\n")[2].split(b"\n")[:-1]
         assert [re.sub(rb"\r.*\| ", b"\r", line[9:]) for line in shown] == (
