@@ -146,8 +146,7 @@ def plain_environment(**more):
 class Run:
     """procrun in a folder, its output collected; a context that ends with nothing left."""
 
-    def __init__(self, folder, *args, env=None, stdout=subprocess.PIPE, python=None,
-                 **options):
+    def __init__(self, folder, *args, env=None, stdout=subprocess.PIPE, python=None, **options):
         self.tag = new_tag()
         environment = plain_environment(PORT=str(BASE_PORT))
         environment.update([self.tag.split("=")], **(env or {}))
@@ -820,10 +819,6 @@ def systemd(location):
 
 MANAGERS = {"supervisord": supervisord, "runit": runsvdir, "systemd": systemd}
 STOP = {"supervisord": ("stop", "all"), "runit": ("stop",), "systemd": ("stop", "myapp.target")}
-real = pytest.mark.parametrize("format", [
-    pytest.param("supervisord", marks=[as_root, needs("supervisord", "supervisorctl")]),
-    pytest.param("runit", marks=[as_root, needs("runsvdir", "sv", "chpst", "svlogd")]),
-    pytest.param("systemd", marks=[as_root, needs("systemctl", "unshare", "nsenter")])])
 
 
 # Fidelity: what is run is what start would run ---------------------------------------------------
@@ -1111,8 +1106,12 @@ def awkward_apps(tmp_path, format, location):
     return checks
 
 
-@real
+@as_root
 @needs_linux
+@pytest.mark.parametrize("format", [
+    pytest.param("supervisord", marks=needs("supervisord", "supervisorctl")),
+    pytest.param("runit", marks=needs("runsvdir", "sv", "chpst", "svlogd")),
+    pytest.param("systemd", marks=needs("systemctl", "unshare", "nsenter"))])
 def test_a_real_manager_runs_restarts_and_stops_it_all(tmp_path, format):
     folder, location = tmp_path / "my app", tmp_path / "out"
     tag, base = stopping_app(folder, STOPPED + SHAPES)
@@ -2359,9 +2358,9 @@ def wrapper(app, text):
 
 
 def patched(text):
-    """What stands for `python procrun.py` if this Python text has changed what it uses."""
-    begin = "import os, selectors, sys; sys.path.insert(0, %r); import procrun" % HERE
-    return sys.executable, "-c", "%s\n%s\nsys.exit(procrun.main())" % (begin, text)
+    """What stands for `python procrun.py` where this Python text has changed something first."""
+    imports = "import os, selectors, sys; sys.path.insert(0, %r); import procrun" % HERE
+    return sys.executable, "-c", "%s\n%s\nsys.exit(procrun.main())" % (imports, text)
 
 
 def require_root_and(*command):
@@ -2395,8 +2394,8 @@ d: """ + UNTIL_GO + "exit %d\n" % (3 * (how == "crash")), *mode) as run:
 
 @both_ways
 def test_a_deaf_member_outlives_its_leader_for_the_grace_period(tmp_path, mode):
-    with start(tmp_path, "a: (trap '' TERM HUP; exec >/dev/null 2>&1; touch deaf; " + LOOP +
-                         ") & " + UNTIL_GO + "exit 3\n", "-t", "1.5", *mode) as run:
+    with start(tmp_path, "a: (trap '' TERM HUP; exec >/dev/null 2>&1; touch deaf; "
+                         + LOOP + ") & " + UNTIL_GO + "exit 3\n", "-t", "1.5", *mode) as run:
         eventually(tmp_path.joinpath("deaf").exists)
         tmp_path.joinpath("go").touch()
         run.expect(rb"a\.1 +\| exited with code 3$")
@@ -2686,10 +2685,9 @@ def test_a_proc_of_another_namespace(tmp_path, shell):
 @as_root
 @needs("unshare", "umount")
 def test_without_proc(tmp_path):
-    app = procfile(tmp_path, "a: echo up\n")
     if subprocess.run(["unshare", "--mount", "umount", "-l", "/proc"]).returncode:
         pytest.skip("cannot unmount /proc here")
-    status, out, errors = ask(app, "start", command=[
+    status, out, errors = ask(procfile(tmp_path, "a: echo up\n"), "start", command=[
         "unshare", "--mount", "sh", "-c", 'umount -l /proc; exec "$@"', "sh", *compiled()])
     assert (status, out) == (1, b"") and re.fullmatch(rb"procrun: [^\n]*/proc[^\n]*\n", errors)
 
@@ -2925,10 +2923,9 @@ def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
 
 def test_the_guard_holds_no_orders_where_open_files_are_not_listed(tmp_path):
     """As on FreeBSD, whose /dev/fd shows 0 to 2 alone."""
-    with start(tmp_path, "a: echo up; exec sleep 301\n", python=patched(
-            "listed = os.listdir\n"
-            "os.listdir = lambda path: ['0', '1', '2'] if path == '/dev/fd' else listed(path)"
-            )) as run:
+    text = ("listed = os.listdir\n"
+            "os.listdir = lambda path: ['0', '1', '2'] if path == '/dev/fd' else listed(path)")
+    with start(tmp_path, "a: echo up; exec sleep 301\n", python=patched(text)) as run:
         run.expect(rb"\| up$")
         run.signal(signal.SIGKILL)    # the guard sees the end of the orders
 
@@ -3196,10 +3193,9 @@ def test_any_bytes_in_any_chunks_are_passed_as_they_are(tmp_path, mode):
 
 def test_a_line_of_50_megabytes_takes_little_memory(tmp_path):
     size, path = 50000000, tmp_path.joinpath("output")
-    app = procfile(tmp_path, "a: head -c %d /dev/zero | tr '\\0' x; echo; touch done;"
-                             " sleep 300\n" % size)
-    with open(str(path), "wb") as file, Run(app, "start", stdout=file) as run:
-        eventually(app.joinpath("done").exists, 60)
+    text = "a: head -c %d /dev/zero | tr '\\0' x; echo; touch done; sleep 300\n" % size
+    with open(str(path), "wb") as file, start(tmp_path, text, stdout=file) as run:
+        eventually(tmp_path.joinpath("done").exists, 60)
         eventually(lambda: path.stat().st_size > size)
         assert int(facts(run.pid)["VmHWM"]) < 40000
         run.end()
@@ -3255,13 +3251,12 @@ def test_100_megabytes_are_an_error(tmp_path, file, text):
 
 @both_ways_if_long
 def test_a_long_run_leaks_nothing(tmp_path, mode):
-    app = procfile(tmp_path, "a: n=0; while :; do until [ -e $n ]; do sleep 0.01; done; seq 5000;"
-                             " for i in 1 2 3 4 5 6 7 8; do (setsid true >/dev/null 2>&1 &); done;"
-                             " echo turn $n is over; n=$((n+1)); done\n")
     turns, states = 400 if LONG else 12, []
-    with Run(app, "start", *mode) as run:
+    with start(tmp_path, "a: n=0; while :; do until [ -e $n ]; do sleep 0.01; done; seq 5000;"
+                         " for i in 1 2 3 4 5 6 7 8; do (setsid true >/dev/null 2>&1 &); done;"
+                         " echo turn $n is over; n=$((n+1)); done\n", *mode) as run:
         for n in range(turns):
-            app.joinpath(str(n)).touch()
+            tmp_path.joinpath(str(n)).touch()
             eventually(lambda: run.read(0.1) and b"| turn %d is over" % n in run.output[-20000:])
             eventually(lambda: len(children(guard(run)) + children(run.pid)) == 2)
             states.append([(len(opened(pid)), int(facts(pid)["VmRSS"]))
@@ -3283,8 +3278,7 @@ class Terminal(Run):
         super().__init__(folder, *args, env={"NO_COLOR": "1", "TERM": "xterm"}, stdout=slave,
                          start_new_session=True, preexec_fn=lambda: (
                              fcntl.ioctl(1, termios.TIOCSCTTY, 0), os.dup2(1, 0), os.dup2(1, 2),
-                             prepare()),
-                         **options)
+                             prepare()), **options)
         os.close(slave)
         self.process.stdout = open(self.keyboard, "rb", buffering=0)
 
@@ -3316,8 +3310,7 @@ class Screen(Run):
     def __init__(self, folder, shell="sh -i"):
         self.folder = folder
         super().__init__(folder, "run", "tmux", "-S", "tmux", "-f", os.devnull, "new-session",
-                         "-d", "-x", "80", "-y", "24", shell,
-                         env={"ENV": "", "TMUX": ""})
+                         "-d", "-x", "80", "-y", "24", shell, env={"ENV": "", "TMUX": ""})
         assert self.wait() == 0, self.output
 
     def __exit__(self, *exception):
@@ -3360,8 +3353,8 @@ ALONE = dict(start_new_session=True)    # no terminal at all, not even a control
 
 def test_pty_is_the_controlling_terminal_of_each(tmp_path):
     with start(tmp_path, "web: test -t 1 && test -t 2 && readlink /proc/$$/fd/1;"
-               " echo by name >/dev/tty\n",
-               "--pty", "-c", "web=2", "--can-die", "web", **ALONE) as run:
+                         " echo by name >/dev/tty\n", "--pty", "-c", "web=2",
+               "--can-die", "web", **ALONE) as run:
         assert run.wait() == 0
         outputs = [run.lines(name)[1:-1] for name in ("web.1", "web.2")]
         assert [each[1:] for each in outputs] == [[b"by name"]] * 2
