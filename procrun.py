@@ -1805,6 +1805,7 @@ class Front(Loop):
         super().__init__()
         self.children, self.options = guard.children, guard.options
         self.printer, self.sink, self.terminal = printer, sink, guard.terminal
+        self.resize()    # before there is a program that asks for the size
         self.guard, self.orders, self.reports = guard.fork()
         self.system = Source("system", "37")
         self.queue = printer.queue    # what stdout has not taken yet
@@ -1824,7 +1825,6 @@ class Front(Loop):
             child.show_line = partial(self.show_line, child)
             if port_taken(child.instance.port):
                 self.say(f"{child.name}: port {child.instance.port} is already in use")
-        self.resize()
         self.watch_all()
         try:
             while self.reports is not None or self.queue:

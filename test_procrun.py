@@ -3387,9 +3387,11 @@ def test_window_size_is_the_terminal_less_the_prefix(tmp_path, args, columns):
 
 @pytest.mark.parametrize("given, expected", [("TERM=vt100", b"vt100"), ("-uTERM", b"dumb")])
 def test_size_and_type_of_a_pty_without_a_terminal(tmp_path, given, expected):
+    """Even where procrun is slower than its process."""
+    slow = patched("procrun.port_taken = lambda port: procrun.select.select((), (), (), 0.1)")
     app = procfile(tmp_path, "web: stty size </dev/tty;"
                              " env | sed -n s/^TERM=/is=/p\n")    # a shell may set its own
-    with Run(app, "run", "env", given, sys.executable, PROCRUN, "start", "--pty", **ALONE) as run:
+    with Run(app, "run", "env", given, *slow, "start", "--pty", **ALONE) as run:
         assert run.wait() == 0
         assert run.lines("web.1")[1:3] == [b"24 80", b"is=" + expected]
 
