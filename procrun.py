@@ -2184,6 +2184,7 @@ class Front(Loop):
         if raw and not terminal.raw:
             tty.setraw(0, termios.TCSANOW)
         elif terminal.raw and not raw:
+            self.flush()    # what was written for raw mode
             termios.tcsetattr(0, termios.TCSANOW, terminal.modes)
             self.queue.append(RESET + (b"\x1b[?1049l" if self.alternate == b"h" else b""))
             self.alternate = b"l"

@@ -3635,6 +3635,22 @@ def test_a_pty_has_the_modes_of_the_users_terminal(tmp_path):
         assert b"intr = ^G" in run.output and b"erase = ^X" in run.output
 
 
+def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
+    """They are written before the terminal's modes are restored, though procrun learns of both
+    at once.  (This terminal writes capitals but in raw mode.)"""
+    text = "web: stty -olcuc; " + UNTIL_GO + "echo one; echo two\n"
+    with start(tmp_path, text, "--attach", "web", kind=Terminal,
+               prepare=lambda: subprocess.run(["stty", "olcuc"])) as run:
+        run.expect(rb"ATTACHED TO WEB")
+        [helper] = children(run.pid)
+        run.signal(signal.SIGSTOP)
+        tmp_path.joinpath("go").touch()
+        eventually(lambda: not children(helper))
+        run.signal(signal.SIGCONT)
+        assert run.wait() == 0
+        assert b"\none\ntwo\n" in run.output
+
+
 NO_EVENTS = """
 register = selectors.DefaultSelector.register
 def refuse(self, fd, events, data=None):
@@ -3679,8 +3695,8 @@ def test_a_pager_keeps_its_keys_and_fg_gives_typed_commands_back(tmp_path):
 
 def test_quiet_drops_output_and_tells_exits(tmp_path):
     app = procfile(tmp_path, "a: echo a; head -c 3000000 /dev/zero; touch read\n"
-                             "b: echo b; " + UNTIL % "read" + "; " + UNTIL % "said" + "\n"
-                             "c: echo c; touch said; sleep 300\n")
+                             "b: echo b; " + UNTIL % "read" + "; " + UNTIL % "c.1" + "; "
+                   + UNTIL % "c.2" + "\nc: echo c; touch $PS; sleep 300\n")
     with Run(app, "start", "-c", "c=2", "--quiet", "a,c.2", "--quiet=b", "--can-die", "a") as run:
         assert run.wait() == 0
         texts = {name: [each for each in run.lines(name) if not each.startswith(b"started")]
