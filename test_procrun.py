@@ -3635,6 +3635,7 @@ def test_a_pty_has_the_modes_of_the_users_terminal(tmp_path):
         assert b"intr = ^G" in run.output and b"erase = ^X" in run.output
 
 
+@needs_linux
 def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
     """They are written before the terminal's modes are restored, though procrun learns of both
     at once.  (This terminal writes capitals but in raw mode.)"""
