@@ -3635,23 +3635,6 @@ def test_a_pty_has_the_modes_of_the_users_terminal(tmp_path):
         assert b"intr = ^G" in run.output and b"erase = ^X" in run.output
 
 
-@needs_linux
-def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
-    """They are written before the terminal's modes are restored, though procrun learns of both
-    at once.  (This terminal writes capitals but in raw mode.)"""
-    text = "web: stty -olcuc; " + UNTIL_GO + "echo one; echo two\n"
-    with start(tmp_path, text, "--attach", "web", kind=Terminal,
-               prepare=lambda: subprocess.run(["stty", "olcuc"])) as run:
-        run.expect(rb"ATTACHED TO WEB")
-        [helper] = children(run.pid)
-        run.signal(signal.SIGSTOP)
-        tmp_path.joinpath("go").touch()
-        eventually(lambda: not children(helper))
-        run.signal(signal.SIGCONT)
-        assert run.wait() == 0
-        assert b"\none\ntwo\n" in run.output
-
-
 NO_EVENTS = """
 register = selectors.DefaultSelector.register
 def refuse(self, fd, events, data=None):
@@ -4226,6 +4209,23 @@ def test_a_restart_during_a_shutdown_is_without_effect(tmp_path):
         assert run.wait() == 143
         assert run.lines("a.1").count(b"asked") == 1
         assert run.output.count(b"started with pid") == 2
+
+
+@needs_linux
+def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
+    """They are written before the terminal's modes are restored, though procrun learns of both
+    at once.  (This terminal writes capitals but in raw mode.)"""
+    text = "web: stty -olcuc; " + UNTIL_GO + "echo one; echo two\n"
+    with start(tmp_path, text, "--attach", "web", kind=Terminal,
+               prepare=lambda: subprocess.run(["stty", "olcuc"])) as run:
+        run.expect(rb"ATTACHED TO WEB")
+        [helper] = children(run.pid)
+        run.signal(signal.SIGSTOP)
+        tmp_path.joinpath("go").touch()
+        eventually(lambda: not children(helper))
+        run.signal(signal.SIGCONT)
+        assert run.wait() == 0
+        assert b"\none\ntwo\n" in run.output
 
 
 # Two parts, which make test runs side by side ----------------------------------------------------
