@@ -157,7 +157,8 @@ PROCFILE_LINE = rb"(?s)([^\S\n]*#[^\n]*|(?:[^\\\n]+|\\.)*\\?)(?:\n|\Z)"
 def numbered(pattern, text):
     """Yield (line number, match) for each match of a pattern in the text of a file (bytes), less
     its UTF-8 byte order mark and the CR of each CR LF."""
-    text, number = re.sub(rb"\A\xef\xbb\xbf", b"", text).replace(b"\r\n", b"\n"), 1
+    text = re.sub(rb"\A\xef\xbb\xbf", b"", text).replace(b"\r\n", b"\n")
+    number = 1
     for match in re.finditer(pattern, text):
         yield number, match
         number += match[0].count(b"\n")
@@ -2011,7 +2012,10 @@ class Front(Loop):
         self.status = status
 
     def on_guard_gone(self):
-        """The guard has ended, and with it the set; or it was killed, which ends the set."""
+        """The guard has ended, and with it the set; or it was killed, which ends the set.
+
+        The pipes at their end stay watched: from now on run() waits for stdout alone.
+        """
         self.always.unregister(self.reports)
         self.reports = None
         if self.status is None:

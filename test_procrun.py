@@ -1207,7 +1207,7 @@ def test_what_is_no_longer_part_of_the_app_is_removed(tmp_path, format):
     procfile(tmp_path, "web: a\nweb-api: b\nold: c\n", "SECRET=s3cr3t\n")
     first = export(tmp_path, format, location, "-c", "web=3,old=2")
     before = tree(location)
-    assert b"removing:" not in first
+    assert b"remov" not in first
     assert first.count(b"[procrun export] writing: %s/" % os.fsencode(location)) == len(
         files(location))
     procfile(tmp_path, "web: a\nweb-api: b\n")
@@ -1218,6 +1218,7 @@ def test_what_is_no_longer_part_of_the_app_is_removed(tmp_path, format):
     assert sorted(re.findall(rb"^\[procrun export\] removing: (.*)$", said, re.M)) == sorted(
         os.fsencode(location / path) for path in gone)
     assert bool(gone) == (format not in ("supervisord", "kubernetes"))    # always the same files
+    assert (b"] if what was removed still runs, stop it\n" in said) == bool(gone)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -1431,8 +1432,9 @@ def test_the_command_that_starts_it_can_be_pasted(tmp_path):
     said = export(tmp_path, "runit", "it is here")
     command = said.splitlines()[-1].partition(b"start it with: ")[2].decode()
     tmp_path.joinpath("service").mkdir()
-    subprocess.run(command.replace("/etc/service/", "service"), shell=True, check=True,
-                   cwd=str(tmp_path))
+    for _ in "first", "another":
+        subprocess.run(command.replace("/etc/service/", "service"), shell=True, check=True,
+                       cwd=str(tmp_path))
     assert tmp_path.joinpath("service", "myapp-web-1", "run").exists()
 
 
@@ -2872,9 +2874,12 @@ def test_the_program_is_asked_first_and_then_what_it_leaves(tmp_path, command, a
         assert sorted(said) == sorted(expected)
 
 
-@pytest.mark.parametrize("command", ["echo up; exec sleep 300", "echo up; cat; echo never"])
+@pytest.mark.parametrize("command", [
+    "echo up; exec sleep 300", "echo up; cat; echo never",
+    "PATH=%s$PATH; echo up; exec sleep 300" % ("/none:" * 10000)], ids=["exec", "run", "search"])
 def test_a_sigterm_right_after_a_line_is_not_lost(tmp_path, command):
-    """The shell has noted it when a program replaces it, or when it starts one and waits."""
+    """The shell has noted it when a program replaces it, which it may have to look for in many
+    places, or when it starts one and waits."""
     app = procfile(tmp_path, "a: %s\n" % command)
     for _ in range(100 if LONG else 2):
         with Run(app, "start", "-c", "a=40", "-t", "60") as run:
@@ -4219,7 +4224,7 @@ def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
     with start(tmp_path, text, "--attach", "web", kind=Terminal,
                prepare=lambda: subprocess.run(["stty", "olcuc"])) as run:
         run.expect(rb"ATTACHED TO WEB")
-        [helper] = children(run.pid)
+        helper = guard(run)
         run.signal(signal.SIGSTOP)
         tmp_path.joinpath("go").touch()
         eventually(lambda: not children(helper))
