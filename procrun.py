@@ -812,9 +812,8 @@ COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 
 # out never forms a new sequence.  It reads str, decoded from UTF-8 with surrogateescape: there a
 # C1 control (U+0080 to U+009F) cannot be mistaken for a byte in the middle of a character.
 TERMINAL = r"""(?xs)
-      # Characters that surely take a column; all others are kept further down.
-      (?P<text> [ -~\xa0-\xac\xae-\u02ff\u0370-\u0482\u2010-\u2027\u2100-\u2bff\u4e00-\ua48f]+ )
-    | (?P<newlines> \n+ )
+      # Newlines, and characters that surely take a column; all others are kept further down.
+      (?P<text> [\n -~\xa0-\xac\xae-\u02ff\u0370-\u0482\u2010-\u2027\u2100-\u2bff\u4e00-\ua48f]+ )
     | (?P<colour> \x1b\[ [0-9;:]{0,99} m )
     | (?P<start> \r (?![\r\n]|\Z) | \x1b\[ 0{0,9} 1? G | \x1b\[ [12] (?P<erase> K ) )
     | \x1b\[ 0{0,9} (?P<column> [1-9] [0-9]{0,3} ) G
@@ -833,20 +832,7 @@ TERMINAL = r"""(?xs)
 COLOURLESS = r"""(?x)
       (?P<colour> \x1b\[ [0-9;:]{0,99} m )
     | (?P<sequence> \x1b (?: \[ [0-9;:]{0,99} )? \Z )"""
-UTF8 = "utf-8", "surrogateescape"                # any bytes come back as they were
-CONTROLS = bytes({*range(32), 127} - {9, 10})    # but tab and newline
-
-
-def harmless(data):
-    """Whether TERMINAL would keep all of these bytes; a quick test for what is ordinary text."""
-    if any(map(data.__contains__, CONTROLS)):
-        return False
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return b"\xc2" not in data or not re.search(rb"\xc2[\x80-\x9f]", data)
-
+UTF8 = "utf-8", "surrogateescape"    # any bytes come back as they were
 
 Style = namedtuple("Style", "width colour stamp label filter")
 Style.__doc__ = """A prefix: the label's width, and whether colour, time and label are shown; and
@@ -948,8 +934,7 @@ class Printer:
             data = data.replace(b"\r\n", b"\n")
             if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
                 data = re.sub(rb"\n\n{9,}", b"\n", data)
-        plain = data.endswith(b"\n") and not source.sgr
-        if not self.style.filter or plain and harmless(data):
+        if not self.style.filter:
             return data
         text = re.sub(self.style.filter, partial(self.answer, source), data.decode(*UTF8))
         if self.open is not source and re.fullmatch(r"(\x1b\[[0-9;:]*m)*", text):
@@ -960,12 +945,12 @@ class Printer:
         """Return the replacement for a match of the filter."""
         kind, found = match.lastgroup, match[0]
         if kind == "text":
-            source.column += len(found)
-        elif kind == "newlines":
-            if source.sgr:
-                found = "\x1b[0m" + found
-            source.begin_line()
-            found += source.sgr
+            columns = len(found) - found.rfind("\n") - 1
+            if "\n" in found:
+                end = "\x1b[0m\n" if source.sgr else "\n"
+                source.begin_line()
+                found = found.replace("\n", end + source.sgr)
+            source.column += columns
         elif kind == "colour" and self.style.colour:
             source.sgr = source.sgr + found if len(source.sgr) < 100 else found
             if not found.strip("\x1b[0;:m"):

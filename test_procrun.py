@@ -1928,8 +1928,9 @@ RED, BOLD, OFF = b"\33[31m", b"\33[1m", b"\33[0m"
 
 @pytest.mark.parametrize("data, lines", [
     (RED + b"x\ny" + OFF + b"\nz\n", [RED + b"x" + OFF, RED + b"y" + OFF, b"z"]),
-    (b"x" + RED + BOLD + b"\n\ny\n", [b"x" + RED + BOLD + OFF, b"", RED + BOLD + b"y" + OFF]),
-    (RED + b"x\33[39m\ny\n", [RED + b"x\33[39m" + OFF, b"y"]),
+    (b"x" + RED + b"\n\ny\n", [b"x" + RED + OFF, RED + OFF, RED + b"y" + OFF]),
+    (RED + BOLD + b"x\ny\b\b-\n", [RED + BOLD + b"x" + OFF, RED + BOLD + b"y\b-" + OFF]),
+    (RED + b"x\33[39m\ny\n", [RED + b"x\33[39m" + OFF, b"y" + OFF]),
     (RED + b"x\33[m\ny\n", [RED + b"x\33[m", b"y"]),
     (RED + b"x\ry\n", [RED + b"x\r" + P + RED + b"y" + OFF]),
     (b"x\n" + OFF, [b"x"]),
