@@ -883,18 +883,15 @@ class Printer:
             source.second, source.prefix = now, text.encode()
         return source.prefix
 
-    def line_end(self):
-        """Return what ends the unfinished line at the end of the output, if there is one."""
-        if not self.open:
-            return b""
-        return b"\x1b[0m\n" if self.open.sgr else b"\n"
-
     def lead(self, source):
         """Return what has to be written before the source can go on with its line."""
+        end = b""
         if self.open is source:
-            return b""
+            return end
+        if self.open:
+            end = b"\x1b[0m\n" if self.open.sgr else b"\n"
         source.begin_line()
-        return self.line_end() + self.prefix(source) + source.sgr.encode()
+        return end + self.prefix(source) + source.sgr.encode()
 
     def feed(self, source, data):
         """Take bytes of a source: its whole lines are queued, the rest is kept.
@@ -972,16 +969,11 @@ class Printer:
         return found
 
     def finish(self, source):
-        """End the line of a source that has ended."""
+        """End the unfinished line of a source, if there is one, and its colours."""
         self.show(source)
         if source.tail or self.open is source:
             self.feed(source, b"\n")
         source.sgr = ""
-
-    def close_line(self):
-        """End the unfinished line, so that a shell's prompt stands on a line of its own."""
-        self.queue.append(self.line_end())
-        self.open = None
 
 
 # Everything above is pure; everything below talks to the kernel.
@@ -1805,9 +1797,8 @@ class Front(Loop):
         self.signals = catch_signals(CAUGHT)
         self.reap()    # what has ended before anybody could tell
         for child in self.children:
-            os.close(child.output)
-            if not child.terminal:
-                os.close(child.stdin)
+            for fd in {child.stdin, child.output}:    # one and the same if it is a PTY
+                os.close(fd)
             child.show_line = partial(self.show_line, child)
             if port_taken(child.instance.port):
                 self.say(f"{child.name}: port {child.instance.port} is already in use")
@@ -1979,7 +1970,8 @@ class Front(Loop):
         they would ignore one, because their groups are orphaned.)"""
         if not self.pausing:
             return
-        self.printer.close_line()
+        if self.printer.open:    # or the shell's prompt would stand on its line
+            self.printer.finish(self.printer.open)
         self.set_raw(False)
         self.flush()
         # A blocked SIGTSTP stays pending, until a SIGCONT removes it (POSIX, Signal Concepts).
@@ -2395,8 +2387,8 @@ def prepare_fds(instances):
 def open_children(types, instances, terminals):
     """Return the children with their pipes open, or PTYs for the instances in `terminals`."""
     colours = {each.name: COLOURS[index % len(COLOURS)] for index, each in enumerate(types)}
-    share = (1 << 23) // len(instances)    # of what an ordinary user's pipes may hold together
-    capacity = 1 << max(16, min(20, share.bit_length() - 1))
+    # All that an ordinary user's pipes hold counts, up to 64 MiB (pipe(7)).
+    capacity = max(LITTLE, min(CHUNK, (1 << 23) // len(instances)))
     children = [Child(index, each, colours[each.type], each in terminals)
                 for index, each in enumerate(instances)]
     for child in children:
