@@ -12,7 +12,7 @@
 Examples:
 
     python3 procrun.py start -c web=2                two instances of web
-    python3 procrun.py start web --attach web        web alone; its debugger has the terminal
+    python3 procrun.py start web --attach web        web alone; its debugger gets the terminal
     python3 procrun.py start --keep-going            whatever ends, the others go on
     python3 procrun.py run python3 manage.py migrate
     python3 procrun.py export systemd /etc/systemd/system
@@ -27,10 +27,10 @@ While start runs, its terminal takes these commands:
 
 Exit status of start:
 
-    N       that of the process whose end ended the others (128+N: signal N killed it); with
+    N       that of the process that ended the others (128+N: signal N killed it); with
             --keep-going that of the first that failed
     128+N   signal N to procrun began the shutdown
-    141     nobody reads the output any more
+    141     the reader of the output has gone
     126     a process could not be executed, for instance because its environment is too large
     1       an error, for instance in the Procfile
     2       an error of the command line
@@ -51,25 +51,23 @@ executed.
 #
 # - kill -9 of procrun runs no code of procrun.  So the guard decides alone, and the end of its
 #   orders is one more order: the front is gone, end the set.  The front only shows.  It does not
-#   trust the guard to be alive: no wait is without a limit.
+#   trust the guard to be alive: every wait has a limit.
 # - A child leads a session and a group of its own.  The terminal's Ctrl-C does not reach it, so it
 #   gets one signal, the one that the guard sends.
 # - First the program, then what it leaves: SIGTERM goes to the leader alone (and to what a shell
 #   runs that waits for it), and to the rest of its group when it has ended.  Servers tell their
-#   own workers; a signal that comes past them costs work.
+#   own workers; a signal sent behind their back costs work.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - The guard keeps its ends of the pipes open, so an instance can be forked anew on the same pipe.
-#   An instance is read only after its start was reported: no output stands before it.
+#   An instance is read only after its start was reported: no output precedes it.
 # - Only select() waits.  Signals arrive as bytes in a pipe, stdout is waited for like any other
 #   file descriptor, and while it takes nothing no child is read: that is the back-pressure.
 import os
 import sys
 
-if not hasattr(os, "fork"):
-    sys.exit("procrun: this system has no fork(); procrun needs Linux, macOS or another Unix")
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
-    sys.path.pop(0)    # the app's folder: its own signal.py or resource.py is not meant below
+    sys.path.pop(0)    # the app's folder: its own signal.py or resource.py must not be imported
 
 import argparse
 import errno
@@ -86,7 +84,7 @@ from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C before there is anything: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # an early Ctrl-C prints no traceback
 
 try:
     import fcntl
@@ -94,19 +92,20 @@ try:
     import termios
     import tty
 except ImportError as missing:
-    sys.exit(f"procrun: {missing}; this Python is not complete (on Debian, apt install python3)")
+    sys.exit(f"procrun: {missing}; procrun needs Linux, macOS or another Unix, and the whole "
+             "standard library (on Debian, apt install python3)")
 
 VERSION = "0.2.0"
 MOST_NAMES = 10        # in one line
-MOST_HELD = 1 << 24    # bytes: what is held back of other processes while one is attached
-SETTLING = 0.2         # seconds: so long a shell may take to fork a program
+MOST_HELD = 1 << 24    # bytes held back of other processes while one is attached
+SETTLING = 0.2         # seconds that a shell may take to fork a program
 ONE_REQUEST = 0.4      # seconds: the terminal and npm both deliver Ctrl-C, so two are one
-QUIET = 0.2            # seconds after which a line without its newline is shown
-LAST = 0.5             # seconds that the end of a shutdown may take, after SIGKILL
-MOST_LAST = 2048       # bytes, and ten lines: what is shown again of a process that failed
+UNFINISHED = 0.2       # seconds after which a line without its newline is shown
+GIVE_UP = 0.5          # seconds after SIGKILL in which nothing has ended
+SHOWN_AGAIN = 2048     # bytes, at most ten lines, of a process that failed
 CHUNK = 1 << 20        # bytes: one read, and the most that is kept of a line without its newline
-LITTLE = 1 << 16       # bytes: one read where little is expected (more costs a mmap and a munmap)
-TOO_LARGE = 1 << 24    # bytes: no Procfile and no .env is that long
+LITTLE = 1 << 16       # bytes: one read where little is expected (more costs an mmap and a munmap)
+TOO_LARGE = 1 << 24    # bytes: no Procfile or .env is that long
 MOST_ERRORS = 10       # of one file, in full
 
 
@@ -150,7 +149,7 @@ ProcessType = namedtuple("ProcessType", "name command")
 ProcessType.__doc__ = "A process type of the Procfile: its name (str) and its command (bytes)."
 
 # A line with those that continue it, each after a backslash that no other backslash escapes.  As
-# for the shell, a comment never goes on.
+# in the shell, a comment never continues.
 PROCFILE_LINE = rb"(?s)([^\S\n]*#[^\n]*|(?:[^\\\n]+|\\.)*\\?)(?:\n|\Z)"
 
 
@@ -191,7 +190,7 @@ def parse_procfile(text, source="Procfile"):
         entry    name ":" blanks command
         name     one or more of A-Z a-z 0-9 _ -, each name once; "all" is taken by formations
         command  any bytes but NUL, kept as they are; if it ends in a backslash (that no other
-                 backslash escapes), that is dropped and the next line is part of it
+                 backslash escapes), it is dropped and the next line is joined
 
     Raises Failure with the first ten errors and a count, or if there is no process type at all.
     """
@@ -224,7 +223,7 @@ ENV_ENTRY = rb"""(?xs)
         (?: [ \t]* (?: '([^']*)' | "(.*?(?<!\\)(?:\\\\)*)" | (['"]) .* )
           | ([^\n]*?) (?= [ \t]\# | \n ) )
     )? ([^\n]*) \n"""
-# One that is never closed is matched, too; otherwise each of many would look for its } to the end.
+# It also matches one that is not closed, or each of many would search to the end for its }.
 ENV_EXPANSION = rb"|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?(\}|\Z)"
 
 
@@ -291,7 +290,7 @@ def parse_env(text, source=".env", environment=()):
         for name in missing:
             warnings.add(source, number, f"warning: ${{{name}}} is not defined, so it is empty")
         if len(value) > 1 << 20:
-            # The rest is not read: it could make a longer one of this, line by line.
+            # The rest is not read: later lines could double it again and again.
             problems.add(source, number, "the value is longer than 1 MiB")
             break
     if problems:
@@ -371,7 +370,7 @@ def expand(types, counts, base):
 
 
 def port_number(text):
-    """Return the port that a text (str) is, 1 to 65535; raises UsageError."""
+    """Return the port, 1 to 65535, that a text (str) stands for; raises UsageError."""
     if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
         raise UsageError(f"`{text}` is not a port, 1 to 65535")
     return int(text)
@@ -389,7 +388,7 @@ def base_port(option, variables, environment):
 
 def selected(names, instances, option):
     """Return the instances that `names` stand for (of types, or their own), in their order;
-    raises UsageError that says for what `option` the names are."""
+    raises UsageError that names the `option`."""
     known = [each.type for each in instances] + [each.name for each in instances]
     check_names(names, dict.fromkeys(known), f"name for {option}:")
     return [each for each in instances if each.type in names or each.name in names]
@@ -804,7 +803,7 @@ def export_files(plan, instances):
 
 # Output: bytes -> lines -> prefixed lines --------------------------------------------------------
 
-COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 31 34".split())
+COLOURS = "36 33 32 35 31 34 36;1 33;1 32;1 35;1 31;1 34;1".split()
 
 # On a terminal a process may not leave its line, change the terminal, or make it answer.  So this
 # filter keeps what it knows and takes out everything else (ECMA-48, 5.3 to 5.6; xterm's ctlseqs).
@@ -812,7 +811,7 @@ COLOURS = tuple(code + bright for bright in ("", ";1") for code in "36 33 32 35 
 # out never forms a new sequence.  It reads str, decoded from UTF-8 with surrogateescape: there a
 # C1 control (U+0080 to U+009F) cannot be mistaken for a byte in the middle of a character.
 TERMINAL = r"""(?xs)
-      # Newlines, and characters that surely take a column; all others are kept further down.
+      # Newlines, and characters that take one column; others are kept further down.
       (?P<text> [\n -~\xa0-\xac\xae-\u02ff\u0370-\u0482\u2010-\u2027\u2100-\u2bff\u4e00-\ua48f]+ )
     | (?P<colour> \x1b\[ [0-9;:]{0,99} m )
     | (?P<start> \r (?![\r\n]|\Z) | \x1b\[ 0{0,9} 1? G | \x1b\[ [12] (?P<erase> K ) )
@@ -844,7 +843,7 @@ class Source:
 
     prefix, second = b"", None    # the prefix, and the second it was made for
     sgr = ""                      # the sequences that set the line's colours
-    column = 0                    # how far the line goes, at least
+    column = 0                    # columns that the line has, at least
 
     def __init__(self, name, colour, crlf=False):
         self.name, self.colour = name, colour    # str, SGR code as a str
@@ -884,7 +883,7 @@ class Printer:
         return source.prefix
 
     def lead(self, source):
-        """Return what has to be written before the source can go on with its line."""
+        """Return what to write before the source's next bytes."""
         end = b""
         if self.open is source:
             return end
@@ -935,7 +934,7 @@ class Printer:
             return data
         text = re.sub(self.style.filter, partial(self.answer, source), data.decode(*UTF8))
         if self.open is not source and re.fullmatch(r"(\x1b\[[0-9;:]*m)*", text):
-            return b""    # colours alone open no line; lead() puts them in front of the next one
+            return b""    # colours alone start no line; lead() puts them in front of the next one
         return text.encode(*UTF8)
 
     def answer(self, source, match):
@@ -978,6 +977,8 @@ class Printer:
 
 # Everything above is pure; everything below talks to the kernel.
 
+# File descriptors: kernel -> bytes ---------------------------------------------------------------
+
 def safe_size(fd):
     """How many bytes do not block if an fd is ready: PIPE_BUF of POSIX; but a terminal promises no
     more than one."""
@@ -1008,7 +1009,7 @@ def print_out(text):
 
 
 def open_fds():
-    """The numbers of the open file descriptors, as a list (of a moment ago: one may be closed);
+    """The numbers of the open file descriptors, as a list (one may be closed by now);
     raises Failure."""
     try:
         numbers = list(map(int, os.listdir("/dev/fd")))
@@ -1044,7 +1045,7 @@ def resize_pipe(fd, capacity):
 ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
 PASSED_ON = signal.SIGUSR1, signal.SIGUSR2
 CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, signal.SIGWINCH}
-# Not the real-time ones: CPython takes 100 us to tell each child that they were blocked.
+# Not the real-time ones: CPython takes 100 us a child to list them.
 STANDARD = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
 
 
@@ -1072,21 +1073,19 @@ def catch_signals(numbers, blocked=()):
 
 def signal_name(number):
     """Return a signal's name, such as SIGTERM; real-time signals have only a number."""
-    try:
+    with suppress(ValueError):
         return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return f"signal {number}"
 
 
 def send_signal(target, number):
     """Send a signal to a process, or to the group -target, as kill(2) does; return whether it was
     sent.  The target may be gone, or be another user's (sudo); and for a group of zombies macOS
     says EPERM."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.kill(target, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def dispatch(selector, timeout=0):
@@ -1110,7 +1109,7 @@ class Loop:
         dispatch(selector, timeout)
         now = time.monotonic()
         for function in [each for each, when in self.timers.items() if when <= now]:
-            if self.timers.pop(function, None) is not None:    # or one before took it out
+            if self.timers.pop(function, None) is not None:    # unless an earlier one removed it
                 function()
 
     def after(self, seconds, function):
@@ -1139,24 +1138,24 @@ class Child(Source):
     Its output goes through a pipe, and it reads another one; or both are a PTY.
     """
     pid = None               # of its leader, while that lives
-    ended = "not started"    # in words, while .pid is None
+    ended = "queued to start"    # in words, while .pid is None
     read_size = LITTLE       # bytes
     group = None             # the guard's: its group, until all of that is gone
     asked = None             # the guard's: "stop" or "restart"
     show_line = None         # the front's: shows its unfinished line
     last = b""               # the front's: what it has written last
 
-    def __init__(self, index, instance, colour, terminal):
-        super().__init__(instance.name, colour, crlf=terminal)
+    def __init__(self, index, instance, colour, pty):
+        super().__init__(instance.name, colour, crlf=pty)
         self.index, self.instance, self.type = index, instance, instance.type
-        self.terminal = terminal                # whether it gets a PTY
+        self.pty = pty                          # whether it gets a PTY
         self.text = shell_text(instance.command)
         self.since = time.monotonic()           # when it was forked, or has ended
 
     def open(self, capacity):
         """Open its pipes, the output's with this capacity (bytes); or its PTY, with the modes of
         the user's terminal, such as the erase character."""
-        if self.terminal:
+        if self.pty:
             self.fd, self.output = os.openpty()
             self.stdin, self.input = self.output, os.dup(self.fd)
             if os.isatty(0):
@@ -1197,7 +1196,7 @@ def exec_child(options, child):
     try:
         signal.set_wakeup_fd(-1)    # the guard's, whose number may be stdout's below
         os.setsid()
-        if child.terminal:
+        if child.pty:
             fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
             options.environment.setdefault(b"TERM", b"dumb")
         for fd, given in enumerate((child.stdin, child.output, child.output)):
@@ -1216,20 +1215,17 @@ def exec_child(options, child):
 
 def become_subreaper():
     """Adopt orphaned descendants from now on (Linux); return whether that works."""
-    try:
+    with suppress(ImportError, OSError, AttributeError):
         import ctypes
         return ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0    # PR_SET_CHILD_SUBREAPER
-    except (ImportError, OSError, AttributeError):
-        return False
+    return False
 
 
 def read_proc(pid, name):
     """Return a file of a process in /proc, as bytes; empty if there is none."""
-    try:
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
+    with suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read()
+    return b""
 
 
 def children_of(pid):
@@ -1244,10 +1240,9 @@ def children_of(pid):
 
 def group_of(pid):
     """Return the group of a process, or None if the process is gone."""
-    try:
+    with suppress(ProcessLookupError):
         return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
+    return None
 
 
 def groups_below(pids):
@@ -1281,10 +1276,9 @@ def list_names(names):
 
 def is_shell(pid):
     """Whether a process still is the shell, which an `exec` in the command may have replaced."""
-    try:
+    with suppress(OSError):
         return os.path.samefile(f"/proc/{pid}/exe", "/bin/sh")
-    except OSError:
-        return True
+    return True
 
 
 def peek():
@@ -1308,30 +1302,30 @@ class Guard(Loop):
     """The parent of all children: forks, signals and reaps them, and decides when the set ends.
 
     Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, and `raw 1` or `raw 0`.
-    Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `failed INDEX` (that ends
-    the set), `say TEXT`, `stopped`, `progress`, and as the last one `exit STATUS`.
+    Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `failed INDEX` (which
+    ends the set), `say TEXT`, `paused`, `progress`, and as the last one `exit STATUS`.
     """
     raw = False         # whether the front has put the user's terminal into raw mode
-    stopped = False     # Ctrl-Z: fork no more until SIGCONT
+    paused = False      # Ctrl-Z: fork no more until SIGCONT
     status = None       # procrun's exit status, once the set is ending
     ending = None       # the steps of that, a generator
-    failed = 0          # under --keep-going: the exit status of the first to fail
+    first_failure = 0   # under --keep-going: the exit status of the first to fail
     killing = False     # whether SIGKILL has been sent to all
     progress = False    # whether anything has ended since it was last asked
-    over = False
+    over = False        # whether run() is to return
 
     def __init__(self, children, options, terminal):
         super().__init__()
         self.children, self.options = children, options
         self.terminal = terminal       # to be restored if the front is killed; or None
-        self.waiting = list(children)  # to be forked
+        self.to_fork = list(children)  # to be forked
         self.running = {}              # group id -> Child, until the whole group is gone
         self.terminated = set()        # groups that got SIGTERM
         self.strays = []               # names of what had left its group and got SIGTERM
 
     def fork(self):
-        """Fork it, with all signals blocked; return its process id, the fd for orders and the fd
-        of the reports.  Raises OSError."""
+        """Fork the guard, with all signals blocked; return its process id, the fd for orders and
+        the fd of its reports, both non-blocking.  Raises OSError."""
         (orders, order), (report, self.reports) = os.pipe(), os.pipe()
         os.set_blocking(order, False)
         os.set_blocking(report, False)
@@ -1351,13 +1345,13 @@ class Guard(Loop):
     def run(self, orders):
         """Be the guard, in the forked process.  It has a session of its own and blocks all signals
         but SIGCHLD, so neither Ctrl-C nor a closed terminal reaches it; and it keeps nothing open
-        whose end somebody might wait for."""
+        whose closing others wait for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports}
         keep.update(*((child.stdin, child.output) for child in self.children))
         for fd in set(open_fds()) - keep:
-            os.closerange(fd, fd + 1)    # one of them is closed already
+            os.closerange(fd, fd + 1)    # no error if it is closed already
         # /proc may be missing, or be that of another PID namespace.
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
@@ -1414,10 +1408,10 @@ class Guard(Loop):
         for group in self.alive():
             self.signal(group, number)
         if number == signal.SIGSTOP:
-            self.stopped = True
-            self.report("stopped")
+            self.paused = True
+            self.report("paused")
         elif number == signal.SIGCONT:
-            self.stopped = False
+            self.paused = False
             self.after(0, self.spawn)
 
     def on_stop(self, index, then="stop"):
@@ -1425,8 +1419,8 @@ class Guard(Loop):
         child = self.children[index]
         if self.status is not None:
             return
-        if child in self.waiting:
-            self.waiting.remove(child)
+        if child in self.to_fork:
+            self.to_fork.remove(child)
             self.after(0, self.reap)    # it may be that nothing else runs
         already, child.asked = child.asked, then
         if child.group is None and then == "restart":
@@ -1443,15 +1437,15 @@ class Guard(Loop):
 
     def start(self, child):
         """Queue a child to be forked."""
-        self.waiting.append(child)
+        self.to_fork.append(child)
         self.after(0, self.spawn)
 
     def spawn(self):
         """Fork the next child; the others follow after a look at what has happened meanwhile."""
-        if self.stopped or not self.waiting:
+        if self.paused or not self.to_fork:
             return
         self.after(0, self.spawn)
-        child = self.waiting.pop(0)
+        child = self.to_fork.pop(0)
         self.options.environment.update(child.instance.variables)
         try:
             pid = os.fork()
@@ -1488,14 +1482,15 @@ class Guard(Loop):
                     self.start(child)
         self.pursue()
         if self.status is not None:
-            self.over = self.over or nothing_left and not self.running
+            if nothing_left and not self.running:
+                self.over = True
             self.report("progress")
-        elif not self.waiting and not any(child.pid or child.asked == "restart"
+        elif not self.to_fork and not any(child.pid or child.asked == "restart"
                                           for child in self.running.values()):
             self.say("nothing is running any more")
-            self.on_end(self.failed)
+            self.on_end(self.first_failure)
         if leaderless and not self.adopts:
-            self.after(0.05, self.reap)    # nothing tells when those end
+            self.after(0.05, self.reap)    # no signal tells when those end
 
     def on_leader_ended(self, child, status):
         """Report the end of a leader, and decide whether it ends the set."""
@@ -1506,7 +1501,7 @@ class Guard(Loop):
         if self.status is not None or child.asked:
             return
         if self.options.keep_going:
-            self.failed = self.failed or code
+            self.first_failure = self.first_failure or code
         elif code or child.instance not in self.options.can_die:
             if code:
                 self.report(f"failed {child.index}")
@@ -1522,7 +1517,7 @@ class Guard(Loop):
         if self.status is not None:
             return
         self.status, self.since = status, time.monotonic()
-        self.waiting.clear()
+        self.to_fork.clear()
         self.after(0, self.reap)    # it may be that nothing is left
         if any(child.pid for child in self.children) and self.options.grace:
             self.say("sending SIGTERM to all processes")
@@ -1553,7 +1548,7 @@ class Guard(Loop):
             self.progress = False
             for group in left:
                 self.signal(group, signal.SIGKILL)
-            yield LAST
+            yield GIVE_UP
             left = groups()
         if left:
             self.say(f"cannot end {self.names(left)}")
@@ -1591,7 +1586,7 @@ class Guard(Loop):
                 self.terminate({group: pids})
 
     def names(self, groups):
-        """Return what a user knows groups by, as one text."""
+        """Return a user's names for groups, as one text."""
         return list_names(self.running[group].name if group in self.running
                           else process_name(pids[0]) for group, pids in groups.items())
 
@@ -1600,10 +1595,6 @@ class Guard(Loop):
         if not send_signal(-group, number):
             send_signal(group, number)
 
-    def children_in_group(self, leader):
-        """Return the process ids of a leader's children that have stayed in its group."""
-        return [pid for pid in children_of(leader) if group_of(pid) == leader]
-
     def terminate(self, groups):
         """Send SIGTERM, once, to the leaders of groups, and to whole groups without a leader.  A
         program tells its workers itself; what it leaves gets SIGTERM when it has ended."""
@@ -1611,35 +1602,35 @@ class Guard(Loop):
             self.terminated.add(group)
             child = self.running.get(group)
             if child and child.pid:
-                self.terminate_leader(child)
+                self.terminate_leader(child, child.pid)
             else:
                 self.send_sigterm(-group, groups[group])
             if not child:
                 self.strays.append(process_name(groups[group][0]))
-            self.signal(group, signal.SIGCONT)    # or a stopped one would not see it
+            self.signal(group, signal.SIGCONT)    # or a stopped one would not act on it
 
-    def terminate_leader(self, child):
-        """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs."""
-        leader, runs = child.pid, []
-        if child.text.startswith(TRAP) and is_shell(leader):
-            if not self.adopts:
-                return send_signal(-leader, signal.SIGTERM)    # nothing tells what it runs
+    def terminate_leader(self, child, leader, told=frozenset()):
+        """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs.
+
+        A second look follows, for those that were not `told`: dash notes a signal, and then an
+        `exec` forgets it, or a program that was just started is waited for.
+        """
+        if child.pid != leader:
+            return
+        runs, waits = set(), child.text.startswith(TRAP) and is_shell(leader)
+        if waits and not self.adopts:
+            send_signal(-leader, signal.SIGTERM)    # no /proc tells what it runs
+            return
+        if waits:
             # Looked for before the signal: a trap of its own may start a program.
-            runs = self.children_in_group(leader)
-            if b"trap" not in child.instance.command:
-                self.after(SETTLING, partial(self.terminate_late, child, leader, runs))
-        send_signal(leader, signal.SIGTERM)
-        for pid in runs:
-            self.send_sigterm(pid, [pid])
-
-    def terminate_late(self, child, leader, runs):
-        """Send SIGTERM to what a shell has become or started when it got one: dash notes a signal,
-        and then an `exec` forgets it, or a program that was just started is waited for."""
-        if child.pid == leader and not is_shell(leader):
+            runs.update(pid for pid in children_of(leader) if group_of(pid) == leader)
+            if not told and b"trap" not in child.instance.command:
+                again = partial(self.terminate_leader, child, leader, {leader, *runs})
+                self.after(SETTLING, again)
+        if not (told and waits):
             send_signal(leader, signal.SIGTERM)
-        elif child.pid == leader:
-            for pid in set(self.children_in_group(leader)) - set(runs):
-                send_signal(pid, signal.SIGTERM)
+        for pid in runs - told:
+            self.send_sigterm(pid, [pid])
 
     def send_sigterm(self, target, pids):
         """Send SIGTERM to a process or group (see send_signal()) that consists of `pids`.
@@ -1663,7 +1654,7 @@ def own_description(fd, flags):
 
 
 class Sink:
-    """The stream that all output goes to.  It never blocks and never loses a byte: what it does
+    """The stream that all output goes to.  It never blocks and keeps every byte: what it does
     not take now stays in the queue, and `full` says so."""
 
     def __init__(self, fd):
@@ -1725,11 +1716,10 @@ class Terminal:
         """Whether procrun may read it: not in the background, where reading stops procrun, nor
         while another program, such as a pager in the same pipeline, has put it into raw mode, nor
         if it is gone."""
-        try:
+        with suppress(OSError, termios.error):
             return (os.tcgetpgrp(0) == os.getpgrp()
                     and (self.raw or termios.tcgetattr(0)[3] & termios.ICANON))
-        except (OSError, termios.error):
-            return False
+        return False
 
     def restore(self):
         """Restore its modes and screen from the guard, when the front was killed; unless it is
@@ -1759,7 +1749,7 @@ def port_taken(port):
 TYPED_COMMANDS = """\
 restart [NAME ...]  end instances (default: all) and start them again
 stop NAME ...       end instances; they stay ended until restart
-attach NAME         type to a process, until Ctrl-D or Ctrl-], as it says
+attach NAME         type to a process, until Ctrl-D (under --pty, or with --attach: Ctrl-])
 ps [NAME ...]       list the instances
 help                show this list"""
 
@@ -1771,7 +1761,7 @@ class Front(Loop):
     signalled = None       # when a signal first asked for the end (monotonic)
     pausing = False        # Ctrl-Z, until the guard has stopped all
     failed = None          # the Child whose failure ended the set
-    scrolled = False       # whether others have written since
+    scrolled = False       # since then, whether others have written
     lost = 0               # the exit status for output that could not be written
     attached = None        # the Child that the terminal belongs to
     attach_first = ()      # the instance that is to be attached when it starts, if any
@@ -1788,14 +1778,14 @@ class Front(Loop):
         self.system = Source("system", "37")
         self.queue = printer.queue    # what stdout has not taken yet
         self.typed = bytearray()      # what the attached program has not taken yet
-        self.waiting = []             # children that wait to be read, as too much is held back
+        self.unread = []              # children that wait to be read, as too much is held back
         # What is watched always, only while stdout takes output, and only while it does not.
         self.always, self.busy, self.stalled = [DefaultSelector() for _ in range(3)]
 
     def run(self):
         """Run the set and return the exit status."""
         self.signals = catch_signals(CAUGHT)
-        self.reap()    # what has ended before anybody could tell
+        self.reap()    # what ended before SIGCHLD was caught
         for child in self.children:
             for fd in {child.stdin, child.output}:    # one and the same if it is a PTY
                 os.close(fd)
@@ -1810,7 +1800,7 @@ class Front(Loop):
         finally:
             self.detach()
             self.flush()
-            # CPython takes its handlers down at exit: a late signal is not to end it then.
+            # CPython takes its handlers down at exit: a late signal must not end it.
             signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
         return self.status or self.lost
 
@@ -1823,7 +1813,7 @@ class Front(Loop):
         if self.sink.waits:
             self.stalled.register(self.sink.fd, EVENT_WRITE, self.flush)
         if self.sink.is_pipe:
-            # Nothing can be read there, but epoll and kqueue tell so that the reader is gone;
+            # Nothing can be read there, but so epoll and kqueue tell that the reader has gone;
             # writing then finds it out.
             self.busy.register(self.sink.fd, EVENT_READ, partial(self.queue.append, b"\n"))
         if self.terminal:
@@ -1867,23 +1857,23 @@ class Front(Loop):
             self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
         elif child.instance not in self.options.quiet:
             self.printer.feed(child, data)
-            child.last = (child.last + data[-MOST_LAST:])[-MOST_LAST:]
+            child.last = (child.last + data[-SHOWN_AGAIN:])[-SHOWN_AGAIN:]
             if child is not self.failed:
                 self.scrolled = True
             if b"\n" in data or not child.tail:
                 self.timers.pop(child.show_line, None)
             if child.tail and child.show_line not in self.timers:
-                self.after(QUIET, child.show_line)
+                self.after(UNFINISHED, child.show_line)
             self.held += len(data) if self.attached else 0
             if self.held > MOST_HELD and child.fd in self.busy.get_map():
                 self.busy.unregister(child.fd)
-                self.waiting.append(child)
+                self.unread.append(child)
 
     def show_line(self, child):
         """Show a line that has been unfinished for a while, unless its end can be read now."""
         tail = child.tail
-        if self.sink.full or child.fd not in self.busy.get_map():    # it may only not be read yet
-            return self.after(QUIET, child.show_line)
+        if self.sink.full or child.fd not in self.busy.get_map():    # its end may be there, unread
+            return self.after(UNFINISHED, child.show_line)
         self.on_output(child)
         if child.tail is tail:
             self.timers.pop(child.show_line, None)
@@ -1964,7 +1954,7 @@ class Front(Loop):
         self.timers.pop(child.show_line, None)
         self.printer.finish(child)
 
-    def on_stopped(self):
+    def on_paused(self):
         """After Ctrl-Z the guard has stopped all; stop procrun too, unless it was continued
         meanwhile.  (The terminal's SIGTSTP does not reach the children in their own sessions, and
         they would ignore one, because their groups are orphaned.)"""
@@ -2020,9 +2010,9 @@ class Front(Loop):
             os.kill(self.guard, signal.SIGCONT)
 
     def set_limit(self, seconds):
-        """Wait so long, and no longer, for the guard's next report; or, when the guard has ended,
+        """Wait at most so long for the guard's next report; or, when the guard has ended,
         for stdout to take anything."""
-        self.after(max(seconds, LAST), self.on_limit)
+        self.after(max(seconds, GIVE_UP), self.on_limit)
 
     def on_limit(self):
         """Give up waiting."""
@@ -2044,7 +2034,7 @@ class Front(Loop):
                 self.on_ending_signal(number)
             elif number in PASSED_ON:
                 self.order("signal", number)
-            elif number == signal.SIGTSTP and os.getpid() != 1:    # that one cannot be stopped
+            elif number == signal.SIGTSTP and os.getpid() != 1:    # process 1 cannot be stopped
                 self.pausing = True
                 self.order("signal", signal.SIGSTOP)
             elif number == signal.SIGCONT:
@@ -2080,11 +2070,11 @@ class Front(Loop):
 
     def resize(self):
         """Give the PTYs the size of the terminal less the prefix, or 80x24 without a terminal."""
-        wide = high = 0    # as a terminal has it that was never told
+        wide = high = 0    # as on a terminal that was never told its size
         with suppress(OSError):
             wide, high = os.get_terminal_size(1)
         for child in self.children:
-            if child.terminal:
+            if child.pty:
                 margin = self.printer.margin if wide and child is not self.attached else 0
                 size = struct.pack("4H", high or 24, max(1, (wide or 80) - margin), 0, 0)
                 fcntl.ioctl(child.fd, termios.TIOCSWINSZ, size)
@@ -2136,7 +2126,7 @@ class Front(Loop):
     def state(self, child):
         """Return the line of ps for an instance."""
         minutes, seconds = divmod(int(time.monotonic() - child.since), 60)
-        state = f"{child.ended} {minutes}:{seconds:02} ago"
+        state = f"{child.ended}, {minutes}:{seconds:02} ago"
         if child.pid:
             state = f"pid {child.pid}, running for {minutes}:{seconds:02}"
         return f"{child.name}  PORT={child.instance.port}, {state}"
@@ -2145,10 +2135,10 @@ class Front(Loop):
         """Connect the terminal to an instance: its keys or lines, and its output as it is."""
         if not child.pid:
             return self.say(f"{child.name} is not running")
-        if child.terminal and not os.isatty(1):
-            return self.say("standard output is no terminal; a program under --pty needs one")
+        if child.pty and not os.isatty(1):
+            return self.say("a program under --pty needs standard output to be a terminal")
         self.end_line(child)
-        key = "Ctrl-]" if child.terminal else "Ctrl-D"
+        key = "Ctrl-]" if child.pty else "Ctrl-D"
         self.say(f"attached to {child.name}; {key} leaves it")
         self.flush()
         self.attached, self.printer.queue = child, []
@@ -2159,7 +2149,7 @@ class Front(Loop):
         """Switch the terminal to raw mode for an attached program with a PTY, or back; but not
         from the background, where SIGTTOU would stop procrun."""
         terminal = self.terminal
-        if not (self.attached and self.attached.terminal and terminal.is_ours()):
+        if not (self.attached and self.attached.pty and terminal.is_ours()):
             return
         self.order("raw", raw)
         if raw and not terminal.raw:
@@ -2182,8 +2172,8 @@ class Front(Loop):
         self.queue += [b"\n"] if self.in_line else []
         self.queue += self.printer.queue
         self.printer.queue = self.queue
-        while self.waiting:
-            self.watch_output(self.waiting.pop())
+        while self.unread:
+            self.watch_output(self.unread.pop())
         self.resize()
 
     def type(self, data=b""):

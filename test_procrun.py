@@ -3990,7 +3990,7 @@ def test_no_fork(tmp_path):
         status, out, errors = ask(procfile(tmp_path, "web: echo\n"), PROCRUN, *args,
                                   command=(sys.executable, "-S", "-c", wrapper))
         assert (status, out) == (1, b"")
-        assert re.fullmatch(rb"procrun: [^\n]*fork[^\n]*\n", errors)
+        assert re.fullmatch(rb"procrun: [^\n]*needs Linux[^\n]*\n", errors)
 
 
 # README, Makefile --------------------------------------------------------------------------------
@@ -4146,7 +4146,7 @@ def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
         run.type(b"stop a\n")
         run.expect(rb"a\.1 +\| terminated by SIGTERM$")
         run.type(b"ps\n")
-        run.expect(rb"system \| a\.1  PORT=\d+, terminated by SIGTERM 0:\d\d ago$")
+        run.expect(rb"system \| a\.1  PORT=\d+, terminated by SIGTERM, 0:\d\d ago$")
         run.expect(rb"system \| b\.1  PORT=\d+, pid \d+, running for 0:\d\d$")
         run.type(b"restart a\n")
         ups(run, "a.1", 2)
