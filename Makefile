@@ -13,7 +13,7 @@ demo:
 	  'web: exec $(PYTHON) -m http.server $$PORT' \
 	  'worker: n=0; while :; do n=$$((n+1)); echo "job $$n done"; sleep 3; done' \
 	  'clock: while :; do date; sleep 10; done' > $(DEMO)/Procfile
-	@port=$$($(PYTHON) -c 'import socket; print(next(p for p in range(5000, 60000, 100) if socket.socket().connect_ex(("localhost", p))))'); \
+	@trap : INT; port=$$($(PYTHON) -c 'import socket; print(next(p for p in range(5000, 60000, 100) if socket.socket().connect_ex(("localhost", p))))'); \
 	echo "This runs a web server, a worker and a clock side by side: open http://localhost:$$port/ in a browser, and end them all with Ctrl-C."; \
 	$(PYTHON) procrun.py start -f $(DEMO)/Procfile -p $$port $(ARGS) || [ $$? = 130 ]
 

@@ -1282,17 +1282,17 @@ def is_shell(pid):
 
 
 def peek():
-    """Return (pid, status) of a dead child that is not reaped yet, or (None, None).
+    """Return (pid, status) of a dead child that is not reaped yet, or None.
 
     Raises ChildProcessError if there is no child at all.
     """
     if not hasattr(os, "waitid"):    # macOS before Python 3.13: reaped here already
         pid, status = os.waitpid(-1, os.WNOHANG)
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return (pid, code) if pid else (None, None)
+        return (pid, code) if pid else None
     info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if info is None:
-        return None, None
+        return None
     # The status has 32 bits on macOS and the BSDs.
     return info.si_pid, (info.si_status & 255 if info.si_code == os.CLD_EXITED
                          else -info.si_status)
@@ -1465,7 +1465,7 @@ class Guard(Loop):
         read_some(self.signals)
         nothing_left = False
         try:
-            for pid, status in iter(peek, (None, None)):
+            for pid, status in iter(peek, None):
                 self.progress = True
                 if pid in self.running:
                     self.on_leader_ended(self.running[pid], status)
@@ -1627,8 +1627,7 @@ class Guard(Loop):
             if not told and b"trap" not in child.instance.command:
                 again = partial(self.terminate_leader, child, leader, {leader, *runs})
                 self.after(SETTLING, again)
-        if not (told and waits):
-            send_signal(leader, signal.SIGTERM)
+        send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
         for pid in runs - told:
             self.send_sigterm(pid, [pid])
 

@@ -2221,12 +2221,14 @@ def test_sigusr_is_passed_on_to_every_group(tmp_path):
 @needs_linux
 def test_ctrl_z_stops_all_and_sigcont_continues(tmp_path):
     with start(tmp_path, "a: sleep 300 & echo $! $$; exec sleep 301\n"
-                         "b: echo $$; exec sleep 302\n") as run:
+                         "b: echo $$; printf half; exec sleep 302\n") as run:
+        run.expect(rb"half")
         pids = [run.pid, *map(int, run.expect(rb"a\.1 +\| (\d+) (\d+)$").groups()),
                 int(run.expect(rb"b\.1 +\| (\d+)$")[1])]
         for _ in range(2):
             run.signal(signal.SIGTSTP)
             eventually(lambda: all(map(is_stopped, pids)))
+            run.expect(rb"half\n\Z")    # so a shell's prompt stands on a line of its own
             run.signal(signal.SIGCONT)
             eventually(lambda: not any(map(is_stopped, pids)))
         for _ in range(100):    # the last one wins
