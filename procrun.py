@@ -1153,13 +1153,12 @@ class Child(Source):
         self.since = time.monotonic()           # when it was forked, or has ended
 
     def open(self, capacity):
-        """Open its pipes, the output's with this capacity (bytes); or its PTY, with the modes of
-        the user's terminal, such as the erase character."""
+        """Open its pipes, the output's with this capacity (bytes); or its PTY, which is to have
+        the modes of the user's terminal, such as the erase character."""
         if self.pty:
             self.fd, self.output = os.openpty()
             self.stdin, self.input = self.output, os.dup(self.fd)
-            if os.isatty(0):
-                termios.tcsetattr(self.output, termios.TCSANOW, termios.tcgetattr(0))
+            self.modes = termios.tcgetattr(0 if os.isatty(0) else self.output)
         else:
             self.fd, self.output = os.pipe()
             self.stdin, self.input = os.pipe()
@@ -1167,6 +1166,18 @@ class Child(Source):
             resize_pipe(self.input, 4096)    # counts towards what the user's pipes may hold
         os.set_blocking(self.fd, False)
         os.set_blocking(self.input, False)
+
+    def reset_input(self):
+        """Drop what was typed to a process that has ended, and undo what it did to its PTY or to
+        its pipe, for the one that is started in its place."""
+        with suppress(OSError, termios.error):    # the front may be gone
+            if self.pty:
+                termios.tcflush(self.stdin, termios.TCIFLUSH)
+                termios.tcsetattr(self.stdin, termios.TCSANOW, self.modes)
+            else:
+                os.set_blocking(self.stdin, False)
+                read_some(self.stdin)
+                os.set_blocking(self.stdin, True)
 
 
 def how_it_ended(status):
@@ -1185,9 +1196,8 @@ whose output is dropped."""
 
 def child_environment(variables):
     """Return the environment of this process, overlaid by the variables of .env."""
-    inherited = {name: value for name, value in os.environb.items() if name}
     # Python's prints appear at once.
-    return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
+    return {b"PYTHONUNBUFFERED": b"1", **os.environb, **variables}
 
 
 def exec_child(options, child):
@@ -1303,7 +1313,7 @@ class Guard(Loop):
 
     Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, and `raw 1` or `raw 0`.
     Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `failed INDEX` (which
-    ends the set), `say TEXT`, `paused`, `progress`, and as the last one `exit STATUS`.
+    ends the set), `say TEXT`, `paused`, `ending`, `progress`, and as the last one `exit STATUS`.
     """
     raw = False         # whether the front has put the user's terminal into raw mode
     paused = False      # Ctrl-Z: fork no more until SIGCONT
@@ -1330,6 +1340,7 @@ class Guard(Loop):
         os.set_blocking(order, False)
         os.set_blocking(report, False)
         resize_pipe(report, CHUNK)    # for a front that is stopped
+        resize_pipe(order, CHUNK)     # for commands that are typed faster than they are obeyed
         signal.pthread_sigmask(signal.SIG_SETMASK, STANDARD)
         pid = os.fork()
         if pid == 0:
@@ -1447,6 +1458,7 @@ class Guard(Loop):
         self.after(0, self.spawn)
         child = self.to_fork.pop(0)
         self.options.environment.update(child.instance.variables)
+        child.reset_input()
         try:
             pid = os.fork()
             if not pid:
@@ -1517,6 +1529,7 @@ class Guard(Loop):
         if self.status is not None:
             return
         self.status, self.since = status, time.monotonic()
+        self.report("ending")
         self.to_fork.clear()
         self.after(0, self.reap)    # it may be that nothing is left
         if any(child.pid for child in self.children) and self.options.grace:
@@ -1854,19 +1867,25 @@ class Front(Loop):
             self.queue.append(data)
             self.in_line = not data.endswith(b"\n")
             self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
-        elif child.instance not in self.options.quiet:
-            self.printer.feed(child, data)
-            child.last = (child.last + data[-SHOWN_AGAIN:])[-SHOWN_AGAIN:]
-            if child is not self.failed:
-                self.scrolled = True
-            if b"\n" in data or not child.tail:
-                self.timers.pop(child.show_line, None)
-            if child.tail and child.show_line not in self.timers:
-                self.after(UNFINISHED, child.show_line)
-            self.held += len(data) if self.attached else 0
-            if self.held > MOST_HELD and child.fd in self.busy.get_map():
-                self.busy.unregister(child.fd)
-                self.unread.append(child)
+        elif child.instance in self.options.quiet:
+            return
+        else:
+            self.print(child, data)
+        child.last = (child.last + data[-SHOWN_AGAIN:])[-SHOWN_AGAIN:]
+        if child is not self.failed:
+            self.scrolled = True
+
+    def print(self, child, data):
+        """Print what an instance has written; while another one is attached, hold it back."""
+        self.printer.feed(child, data)
+        if b"\n" in data or not child.tail:
+            self.timers.pop(child.show_line, None)
+        if child.tail and child.show_line not in self.timers:
+            self.after(UNFINISHED, child.show_line)
+        self.held += len(data) if self.attached else 0
+        if self.held > MOST_HELD and child.fd in self.busy.get_map():
+            self.busy.unregister(child.fd)
+            self.unread.append(child)
 
     def show_line(self, child):
         """Show a line that has been unfinished for a while, unless its end can be read now."""
@@ -1914,7 +1933,7 @@ class Front(Loop):
     def on_started(self, index, pid):
         """An instance was started; from now on its output is read."""
         child = self.children[index]
-        child.pid, child.since = pid, time.monotonic()
+        child.pid, child.since, child.last = pid, time.monotonic(), b""
         self.say(f"started with pid {pid}, PORT={child.instance.port}", child)
         self.watch_output(child)
         if child.instance in self.attach_first:
@@ -1939,6 +1958,10 @@ class Front(Loop):
     def on_failed(self, index):
         """An instance has failed, which ends the set."""
         self.failed, self.scrolled = self.children[index], False
+
+    def on_ending(self):
+        """The set is being ended: the terminal is procrun's again, to say so."""
+        self.detach()
 
     def show_last(self):
         """Show again what the failed instance wrote last, if others have written since then."""
@@ -2039,8 +2062,7 @@ class Front(Loop):
             elif number == signal.SIGCONT:
                 self.pausing = False
                 self.order("signal", number)
-                self.set_raw(True)
-                self.resize()
+                self.resume()
             elif number == signal.SIGWINCH:
                 self.resize()
             elif number == signal.SIGCHLD:
@@ -2140,7 +2162,11 @@ class Front(Loop):
         key = "Ctrl-]" if child.pty else "Ctrl-D"
         self.say(f"attached to {child.name}; {key} leaves it")
         self.flush()
-        self.attached, self.printer.queue = child, []
+        self.attached, self.printer.queue, self.in_line = child, [], False
+        self.resume()
+
+    def resume(self):
+        """Give the terminal to the attached program, if there is one, now or again."""
         self.set_raw(True)
         self.resize()
 
@@ -2148,12 +2174,15 @@ class Front(Loop):
         """Switch the terminal to raw mode for an attached program with a PTY, or back; but not
         from the background, where SIGTTOU would stop procrun."""
         terminal = self.terminal
-        if not (self.attached and self.attached.pty and terminal.is_ours()):
+        if not (self.attached and self.attached.pty):
             return
+        if not terminal.is_ours():
+            return self.after(1, self.resume)    # a shell's `fg` sends no signal
         self.order("raw", raw)
-        if raw and not terminal.raw:
+        if raw:
             tty.setraw(0, termios.TCSANOW)
-        elif terminal.raw and not raw:
+            send_signal(-self.attached.pid, signal.SIGWINCH)    # so that it draws itself anew
+        elif terminal.raw:
             self.flush()    # what was written for raw mode
             termios.tcsetattr(0, termios.TCSANOW, terminal.modes)
             self.queue.append(RESET + (b"\x1b[?1049l" if self.alternate == b"h" else b""))
@@ -2401,10 +2430,7 @@ def cmd_start(args):
     can_die = selected(args.can_die, instances, "--can-die")
     quiet = selected(args.quiet, instances, "--quiet")
     enter_root(root)
-    try:
-        limits = prepare_fds(instances)
-    except OSError as error:
-        raise Failure(f"{os.devnull}: {error.strerror}; it is needed where 0, 1 or 2 is closed")
+    limits = prepare_fds(instances)
     terminal = Terminal() if os.isatty(0) else None
     if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "

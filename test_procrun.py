@@ -8,7 +8,6 @@ import atexit
 import base64
 import concurrent.futures
 import contextlib
-import ctypes
 import fcntl
 import functools
 import http.client
@@ -1517,14 +1516,6 @@ def test_a_link_below_the_location_is_not_followed(tmp_path, link, options):
     assert tree(tmp_path) == before
 
 
-def test_the_location_may_be_a_link_and_is_made_if_missing(tmp_path):
-    procfile(tmp_path, "web: a\n")
-    tmp_path.joinpath("real").mkdir()
-    tmp_path.joinpath("link").symlink_to("real")
-    export(tmp_path, "runit", "link/new/deep")
-    assert files(tmp_path / "real" / "new" / "deep")
-
-
 def test_a_location_that_cannot_be_written_is_named(tmp_path):
     procfile(tmp_path, "web: a\n")
     tmp_path.joinpath("file").write_text("text")
@@ -2186,14 +2177,6 @@ def test_grace_period(tmp_path, grace, polite):
         assert run.lines("b.1")[-1] == b"terminated by " + (b"SIGTERM" if polite else b"SIGKILL")
 
 
-def test_the_grace_period_is_5_seconds_if_not_said_otherwise(tmp_path):
-    with start(tmp_path, UNWILLING) as run:
-        run.expect(rb"up$")
-        run.signal(signal.SIGINT)
-        run.expect(rb"\| waiting for a\.1 \(SIGKILL in [345] s; Ctrl-C kills now\)$")
-        run.end()
-
-
 @pytest.mark.parametrize("text, args, status", [
     ("build: exit 0\nstep: exit 0\nweb: sleep 0.1; exit 5\n", "--can-die build,step", 5),
     ("build: exit 0\nweb: exit 3\n", "--can-die build,web", 3),
@@ -2603,11 +2586,6 @@ def test_streams_closed_from_the_start_and_no_terminal(tmp_path, closed):
         assert b"Traceback" not in run.output
 
 
-def test_an_error_with_a_closed_stderr(tmp_path):
-    with start(tmp_path, "wrong\n", preexec_fn=lambda: os.close(2)) as run:
-        assert run.wait() == 1
-
-
 def stalled(pid):
     """Whether a process that writes all the time has been waiting for a tenth of a second."""
     written = facts(pid, "io")["wchar"]
@@ -2998,15 +2976,6 @@ def test_python_has_nothing_to_warn_of(tmp_path):
         assert b"Warning" not in run.output
 
 
-def test_a_stalled_stderr_hangs_nothing(tmp_path):
-    reading, writing = os.pipe()
-    both = ("sh", "-c", "exec \"$@\" 2>&1", "sh", *compiled())
-    with start(tmp_path, "a: exec yes\n", "-t", "1", stdout=writing, python=both) as run:
-        eventually(lambda: not select.select((), (writing,), (), 0)[1])
-        run.end()
-    os.close(reading), os.close(writing)
-
-
 @needs_linux
 def test_the_guard_is_small_and_no_signal_but_sigkill_ends_it(tmp_path):
     with start(tmp_path, "a: exec sleep 300\n", "-c", "a=10") as run:
@@ -3017,25 +2986,6 @@ def test_the_guard_is_small_and_no_signal_but_sigkill_ends_it(tmp_path):
             os.kill(guard(run), number)
         run.end()
         assert fates(run, "a.1") == [b"terminated by SIGTERM"]
-
-
-DOUBLED = """
-import ctypes, sys
-def strings(*values):
-    return (ctypes.c_char_p * (len(values) + 1))(*values, None)
-ctypes.CDLL(None).execve(sys.argv[1].encode(), strings(*[each.encode() for each in sys.argv[1:]]),
-    strings(b"PORT=1", b"PORT=2", b"PS=1", b"PS=2", b"A=1", b"A=2", b"B=1", b"B=2", b"=", b"C"))
-"""
-
-
-@pytest.mark.parametrize("command", ["start", "run web"])
-def test_variables_that_are_there_twice(tmp_path, command):
-    """A shell would take the last one, putenv() replaces the first."""
-    procfile(tmp_path, "web: echo $PORT $PS $A $B\n", "A=3\n")
-    status, out, errors = ask(tmp_path, *command.split(), command=(
-        sys.executable, "-c", DOUBLED, sys.executable, PROCRUN))
-    assert (status, errors) == (0, b"")
-    assert re.search(rb"^(.*\| )?1 web\.1 3 1$", out, re.MULTILINE), out
 
 
 def test_a_signal_is_not_lost_at_any_moment_of_the_start(tmp_path):
@@ -3683,6 +3633,25 @@ def test_a_pager_keeps_its_keys_and_fg_gives_typed_commands_back(tmp_path):
         screen.shows(SHELL)
 
 
+@needs("tmux")
+@needs("bash")
+def test_fg_gives_an_attached_program_its_terminal_back(tmp_path):
+    """Where the shell sends no signal (bash).  What others write is held back until Ctrl-]."""
+    app = procfile(tmp_path, "web: %skill -TSTP $(ps -o ppid= $PPID); exec cat\n"
+                             "b: while sleep 0.1; do echo tick; done\n" % UNTIL_GO)
+    with Screen(app, "bash --norc") as screen:
+        screen.start("--no-timestamp", "--attach", "web")
+        screen.shows("attached")
+        tmp_path.joinpath("go").touch()
+        screen.shows("Stopped")
+        screen.type("bg", "Enter")
+        pause(0.3)    # procrun sees that the terminal is not its own
+        screen.type("fg", "Enter")
+        screen.shows(r"fg\n(?s:.*)web\Z")
+        screen.type("", "C-]")
+        screen.shows(r"\| tick$")
+
+
 # -- what a person expects
 
 def test_quiet_drops_output_and_tells_exits(tmp_path):
@@ -4098,12 +4067,6 @@ def test_a_full_disk_is_one_line(tmp_path, command):
     assert errors == b"procrun: cannot write the output: No space left on device\n"
 
 
-def test_a_terminal_that_has_no_size(tmp_path):
-    with start(tmp_path, "a: stty size\n", "--pty", kind=Terminal, size=(0, 0)) as run:
-        assert run.wait() == 0
-        assert run.lines("a.1")[1] == b"24 80"
-
-
 # Typed commands ----------------------------------------------------------------------------------
 
 def ups(run, name, count):
@@ -4236,6 +4199,72 @@ def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
         assert b"\none\ntwo\n" in run.output
 
 
+@pytest.mark.parametrize("options, leave", [([], b"\x04"), (["--pty"], b"\x1d")])
+def test_what_was_typed_to_one_that_has_ended_is_not_for_the_next(tmp_path, options, leave):
+    """Nor are the modes of its PTY, where a return would not end the line."""
+    text = ("a: echo up; if [ -e before ]; then read line; echo \"[$line]\"; fi; touch before; "
+            "stty raw 2>/dev/null; exec sleep 300\n")
+    with start(tmp_path, text, *options, kind=Terminal) as run:
+        eventually(lambda: sleeping(run, b"300"))
+        run.type(b"attach a\r")
+        run.expect(rb"attached")
+        run.type(b"stale\r" + leave + b"restart a\r")
+        ups(run, "a.1", 2)
+        run.type(b"attach a\r")
+        run.expect(rb"(?s)attached.*attached")
+        run.type(b"fresh\r")
+        assert run.expect(rb"\[(\w+)\]")[1] == b"fresh"
+        run.end()
+
+
+def test_last_lines_are_those_of_the_last_run_attached_or_not(tmp_path):
+    text = ("web: [ -e before ] || echo old; touch before; echo up; read line; echo \"got $line\"; "
+            + UNTIL_GO + "exit 3\nworker: trap 'echo done' TERM; " + LOOP + "\n")
+    with start(tmp_path, text, kind=Terminal) as run:
+        ups(run, "web.1", 1)
+        run.type(b"restart web\n")
+        ups(run, "web.1", 2)
+        run.type(b"attach web\n")
+        run.expect(rb"attached")
+        run.type(b"this\n")
+        run.expect(rb"got this")
+        tmp_path.joinpath("go").touch()
+        assert run.wait() == 3
+        assert re.search(rb"last lines of web.1:\n.*\| up\n.*\| got this\n\Z", run.output)
+
+
+@pytest.mark.parametrize("how, status", [(b"\x03", 130), (None, 3)])
+def test_the_end_of_the_set_takes_the_terminal_back(tmp_path, how, status):
+    """Or nobody would be told why, and who is waited for."""
+    with start(tmp_path, "a: trap '' TERM; echo up; " + UNTIL_GO + "exit 0\n"
+                         "b: " + UNTIL % "crash" + "; exit 3\n", kind=Terminal) as run:
+        ups(run, "a.1", 1)
+        run.type(b"attach a\n")
+        run.expect(rb"attached")
+        run.type(how) if how else tmp_path.joinpath("crash").touch()
+        run.expect(rb"waiting for a\.1 \(SIGKILL in 5 s; Ctrl-C kills now\)$")
+        tmp_path.joinpath("go").touch()
+        assert run.wait() == status
+
+
+@needs_linux
+def test_an_attached_program_draws_itself_anew(tmp_path):
+    """Also where the size stays; and when procrun goes on, and a shell has changed the modes."""
+    with start(tmp_path, "a: trap 'echo drawn' WINCH; echo up; %s\n" % LOOP, "--pty", "--no-prefix",
+               kind=Terminal) as run:
+        modes = run.modes()
+        run.expect(rb"^up$")
+        run.type(b"attach a\n")
+        run.expect(rb"drawn")
+        run.signal(signal.SIGSTOP)
+        eventually(lambda: is_stopped(run.pid))
+        termios.tcsetattr(run.keyboard, termios.TCSANOW, modes)
+        run.signal(signal.SIGCONT)
+        run.expect(rb"(?s)drawn.*drawn")
+        eventually(lambda: not run.modes()[3] & termios.ICANON)
+        run.end()
+
+
 # Two parts, which make test runs side by side ----------------------------------------------------
 
 if os.environ.get("PROCRUN_PART"):
@@ -4254,8 +4283,8 @@ PLAIN = sys.executable, PROCRUN    # as a user calls it
 MODULE = sys.executable, "-m", "procrun"    # as a module, which CPython compiles but once
 AS_MODULE = "the same by `python -m procrun`"
 SLEEPER = "echo $$ up; exec sleep 999"
-TICKER = (sys.executable + " -c \"import os, time; os.write(1, b'up\\n'); [os.write(1, b'%%f\\n'"
-          " %% time.monotonic()) and time.sleep(%s) for _ in range(%s)]\"")
+TICKER = (sys.executable + " -c \"import os, time; [os.write(1, b'%f\\n' % time.monotonic())"
+          " and time.sleep(0.01) for _ in range(200)]\"")
 BARE_LOOP = ("import os\nfor _ in range(%d):\n"
              "    os.fork() or os.execl('/bin/sh', 'sh', '-c', '" + SLEEPER + "')\nos.wait()")
 
@@ -4350,11 +4379,10 @@ def until_exit(run, pid, number):
 
 
 def drain(run, seconds):
-    """Read the output for so long; return the number of lines."""
-    run.output, deadline = b"", time.monotonic() + seconds
+    """Read the output for so long."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and run.read(max(0, deadline - time.monotonic())):
         pass
-    return run.output.count(b"\n")
 
 
 def first_line(app, python):
@@ -4388,19 +4416,6 @@ def latency(command, app=None):
             now = time.monotonic()
             delays += [now - float(each) for each in re.findall(rb"(\d+\.\d{6})\n", data)]
     return [statistics.median(delays)]
-
-
-def cost(app, formation, count):
-    """CPU seconds of procrun for one short line, of lines that come one by one."""
-    with Run(app, "start", "-m", formation, python=PLAIN) as run:
-        all_up(run.process, count)
-        drain(run, 0.5)
-        pids = procrun_ids(run)
-        before = total(pids, "schedstat", r"(\d+)")
-        lines = drain(run, 2)
-        spent = total(pids, "schedstat", r"(\d+)") - before
-        until_exit(run, run.pid, signal.SIGINT)
-    return [spent / 1e9 / lines]
 
 
 def crash(app, count):
@@ -4438,7 +4453,7 @@ def bare_loop(count):
 
 def other_rows(folder, rounds):
     """Yield the rows that measure procrun alone."""
-    sleeper, forever = app_of(folder, "a: %s\n" % SLEEPER), MILLION
+    sleeper = app_of(folder, "a: %s\n" % SLEEPER)
     shutil.copy(PROCRUN, str(sleeper))    # where `python -m procrun` finds it
     first_line(sleeper, MODULE)           # compiles it
     plain, module, bare = in_turn(
@@ -4453,15 +4468,10 @@ def other_rows(folder, rounds):
     yield row("typed `restart`, until the first line of the new process", *in_turn(
         rounds, lambda: restarted(sleeper),
         lambda: [timed(["sh", "-c", "echo"], stdout=subprocess.DEVNULL)]), "`sh -c echo`")
-    ticks = TICKER % (0.01, 200)
-    stamps = app_of(folder, "a: %s\n" % ticks)
+    stamps = app_of(folder, "a: %s\n" % TICKER)
     yield row("a line written, until it can be read", *in_turn(
         rounds, lambda: latency([sys.executable, PROCRUN, "start"], str(stamps)),
-        lambda: latency(["sh", "-c", ticks + " | cat"])), "through `cat`")
-    chatty = app_of(folder, "a: %s\n" % (TICKER % (0.05, forever)))
-    yield row("400 short lines a second from 20 processes",
-              *in_turn(rounds, lambda: cost(chatty, "a=20", 20)),
-              form=lambda seconds: "%.1f %% of a core" % (seconds * 400 * 100))
+        lambda: latency(["sh", "-c", TICKER + " | cat"])), "through `cat`")
     yield row("idle, 10 processes", wakeups, form="{:.1f} wake-ups a second".format)
     mebibytes = (lambda kib: "%.1f MiB" % (kib / 1024))
     yield row("memory, 10 idle processes (PSS)", memory, form=mebibytes)
