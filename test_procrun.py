@@ -698,15 +698,6 @@ def run_by_kubernetes(location):
 MODELS = {"upstart": run_by_upstart, "launchd": run_by_launchd, "kubernetes": run_by_kubernetes}
 
 
-def test_the_jobs_of_upstart_start_and_stop_in_three_levels(tmp_path):
-    export(procfile(tmp_path, "web: a\n"), "upstart", "out")
-    jobs = {path: data.decode() for path, data in files(tmp_path / "out").items()}
-    for name, above in ("myapp-web-1", "myapp-web"), ("myapp-web", "myapp"):
-        levels = "\nstart on starting {0}\nstop on stopping {0}\n".format(above)
-        assert levels in jobs[name + ".conf"]
-    assert "\nstart on runlevel [2345]\n" in jobs["myapp.conf"]
-
-
 # The real managers -------------------------------------------------------------------------------
 
 def settle(process, tag):
@@ -1196,6 +1187,15 @@ def test_sigterm_reaches_the_app_and_it_is_waited_for(tmp_path, format, to_all):
         kill_all(tag)
         for leader in leaders.values():
             leader.wait()
+
+
+def test_the_jobs_of_upstart_start_and_stop_in_three_levels(tmp_path):
+    export(procfile(tmp_path, "web: a\n"), "upstart", "out")
+    jobs = {path: data.decode() for path, data in files(tmp_path / "out").items()}
+    for name, above in ("myapp-web-1", "myapp-web"), ("myapp-web", "myapp"):
+        levels = "\nstart on starting {0}\nstop on stopping {0}\n".format(above)
+        assert levels in jobs[name + ".conf"]
+    assert "\nstart on runlevel [2345]\n" in jobs["myapp.conf"]
 
 
 # Files: whose they are, and how they come about --------------------------------------------------
@@ -3652,8 +3652,6 @@ def test_fg_gives_an_attached_program_its_terminal_back(tmp_path):
         screen.shows(r"\| tick$")
 
 
-# -- what a person expects
-
 def test_quiet_drops_output_and_tells_exits(tmp_path):
     app = procfile(tmp_path, "a: echo a; head -c 3000000 /dev/zero; touch read\n"
                              "b: echo b; " + UNTIL % "read" + "; " + UNTIL % "c.1" + "; "
@@ -4322,8 +4320,6 @@ def row(what, value, base=None, yardstick="", form=in_units):
     return [what, form(value), "%s, %s" % (form(base), yardstick), "%.2f" % (value / base)]
 
 
-# Throughput: the whole command, from start to exit
-
 def copied(command, app, line):
     """Run a command with its output in a file; return the seconds, and the lines not whole."""
     with open(str(app / "out"), "wb") as out:
@@ -4351,8 +4347,6 @@ def throughput_rows(folder, rounds):
             yield row("into a pipe to `cat`", piped, sed, "`cat \\| sed` into a file")
 
 
-# A few processes
-
 def all_up(process, count):
     """Wait until so many processes have said `up`; return these lines."""
     lines = (line for line in process.stdout if line.endswith(b"up\n"))
@@ -4376,13 +4370,6 @@ def until_exit(run, pid, number):
     os.kill(pid, number)
     run.process.wait()
     return time.perf_counter() - start
-
-
-def drain(run, seconds):
-    """Read the output for so long."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and run.read(max(0, deadline - time.monotonic())):
-        pass
 
 
 def first_line(app, python):
@@ -4431,11 +4418,11 @@ def resting(app, count, python):
     with Run(app, "start", "-c", "a=%d" % count, python=python) as run:
         all_up(run.process, count)
         up = time.perf_counter() - start
-        drain(run, 1)
+        pause(1)
         pids, switches = procrun_ids(run), r"\nvoluntary_ctxt_switches:\s*(\d+)"
         memory = total(pids, "smaps_rollup", r"Pss: *(\d+)")
         before = total(pids, "status", switches)
-        drain(run, 2)
+        pause(2)
         wakeups = (total(pids, "status", switches) - before) / 2
         return up, memory, wakeups, until_exit(run, run.pid, signal.SIGINT)
 
