@@ -618,8 +618,7 @@ def export_supervisord(plan, jobs):
 RUNIT_HEAD = "#!/bin/sh\n# {plan.mark}\n"
 # The scripts of a service directory; `run` is last, as runsvdir starts a service that has one.
 RUNIT = {
-    "log/run": """mkdir -p main && exec svlogd -tt main
-""",
+    "log/run": "mkdir -p main && exec svlogd -tt main\n",
     "control/t": """# First the leader.
 read -r pid <supervise/pid || exit 1
 {stop}
