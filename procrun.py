@@ -594,12 +594,10 @@ SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
 
 
 def export_supervisord(plan, jobs):
-    r"""A program for each instance, and a group; see supervisord.org, "Configuration File".
-
-    It can restart without a pause, or with growing pauses and only so often; so the shell pauses.
+    r"""A program for each instance, and a group; see supervisord.org, "Configuration File".  It
+    restarts without a pause, or with growing ones and only so often; so the shell pauses.  Its
     `environment` cannot hold newlines and some quotes; so one variable holds all, where any but
-    plain characters are \0ooo for `printf %b`.
-    """
+    plain characters are \0ooo for `printf %b`."""
     text = f"; {plan.mark}\n"
     for job in jobs:
         escaped = re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
@@ -2272,10 +2270,8 @@ def stage(folder, files):
 
 def install(location, staging, files, gone):
     """Write all files below the folder `staging`, move each to its place (a new service directory
-    as a whole), and remove what is gone (relative paths).  Signals wait.
-
-    Raises Failure.  Nothing has changed before all files are written; then it tells what has.
-    """
+    as a whole), and remove what is gone (relative paths).  Signals wait.  Raises Failure, which
+    tells what has changed; nothing has before all files are written."""
     import shutil
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     path, done = location, []
