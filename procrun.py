@@ -1907,13 +1907,19 @@ class Front(Loop):
         """Read an instance once; each that has written gets its turn, even if stdout is full."""
         child.read_size = CHUNK if self.read(child, child.read_size) >= LITTLE else LITTLE
 
+    def end_line(self, child):
+        """End an instance's unfinished line."""
+        self.timers.pop(child.show_line, None)
+        self.printer.finish(child)
+
     def drain(self, child):
-        """Show what an instance's pipe holds now.  Others may go on writing to it, so this is
-        bounded by what a pipe can hold."""
+        """Show what an instance's pipe holds now, and end its line.  Others may go on writing to
+        it, so this is bounded by what a pipe can hold."""
         room = size = CHUNK
         while room > 0 and size:
             size = self.read(child, CHUNK)
             room -= size
+        self.end_line(child)
 
     # -- reports
 
@@ -1948,7 +1954,6 @@ class Front(Loop):
         self.drain(child)
         if child is self.attached:
             self.detach()
-        self.end_line(child)
         child.pid, child.since, child.ended = None, time.monotonic(), how_it_ended(status)
         self.say(child.ended, child)
 
@@ -1968,11 +1973,6 @@ class Front(Loop):
             self.printer.feed(self.failed, b"\n".join(lines[-10:]))
             self.end_line(self.failed)
 
-    def end_line(self, child):
-        """End an instance's unfinished line."""
-        self.timers.pop(child.show_line, None)
-        self.printer.finish(child)
-
     def on_paused(self):
         """After Ctrl-Z the guard has stopped all; stop procrun too, unless it was continued
         meanwhile.  (The terminal's SIGTSTP does not reach the children in their own sessions, and
@@ -1980,7 +1980,7 @@ class Front(Loop):
         if not self.pausing:
             return
         if self.printer.open:    # or the shell's prompt would stand on its line
-            self.printer.finish(self.printer.open)
+            self.end_line(self.printer.open)
         self.set_raw(False)
         self.flush()
         # A blocked SIGTSTP stays pending, until a SIGCONT removes it (POSIX, Signal Concepts).
@@ -2013,7 +2013,6 @@ class Front(Loop):
         self.detach()
         for child in self.children:
             self.drain(child)
-            self.end_line(child)
         self.show_last()
         self.timers.clear()
         if self.signalled:
