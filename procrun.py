@@ -1141,6 +1141,7 @@ class Child(Source):
     asked = None             # the guard's: "stop" or "restart"
     show_line = None         # the front's: shows its unfinished line
     last = b""               # the front's: what it has written last
+    screen = None            # the front's: the modes of the terminal that it has set (see MODES)
 
     def __init__(self, index, instance, colour, pty):
         super().__init__(instance.name, colour, crlf=pty)
@@ -1156,6 +1157,7 @@ class Child(Source):
             self.fd, self.output = os.openpty()
             self.stdin, self.input = self.output, os.dup(self.fd)
             self.modes = termios.tcgetattr(0 if os.isatty(0) else self.output)
+            self.modes[0] &= ~termios.IXON    # or a Ctrl-S would outlast its attach
         else:
             self.fd, self.output = os.pipe()
             self.stdin, self.input = os.pipe()
@@ -1308,9 +1310,10 @@ def peek():
 class Guard(Loop):
     """The parent of all children: forks, signals and reaps them, and decides when the set ends.
 
-    Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, and `raw 1` or `raw 0`.
-    Reports are `started INDEX PID`, `ended INDEX STATUS` (of a leader), `failed INDEX` (which
-    ends the set), `say TEXT`, `paused`, `ending`, `progress`, and as the last one `exit STATUS`.
+    Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, `start INDEX` (the answer
+    to `gone INDEX`), and `raw 1` or `raw 0`.  Reports are `started INDEX PID`, `ended INDEX STATUS`
+    (of a leader), `gone INDEX` (its group, before a restart), `failed INDEX` (which ends the set),
+    `say TEXT`, `paused`, `ending`, `progress`, and as the last one `exit STATUS`.
     """
     raw = False         # whether the front has put the user's terminal into raw mode
     paused = False      # Ctrl-Z: fork no more until SIGCONT
@@ -1375,9 +1378,13 @@ class Guard(Loop):
         self.report(f"exit {self.status}")
 
     def report(self, line):
-        """Send a line to the front, which may be gone."""
-        with suppress(BrokenPipeError):
+        """Send a line to the front; if that is gone, restore its terminal."""
+        try:
             os.write(self.reports, line.encode() + b"\n")
+        except BrokenPipeError:
+            if self.raw:
+                self.terminal.restore()
+                self.raw = False
 
     def say(self, text):
         """Have the front show a line."""
@@ -1390,8 +1397,6 @@ class Guard(Loop):
         self.reap()    # so that what has ended is not signalled
         if not self.receive(fd):
             selector.unregister(fd)
-            if self.raw:
-                self.terminal.restore()
             self.on_signal(signal.SIGHUP)
 
     def on_raw(self, raw):
@@ -1429,10 +1434,10 @@ class Guard(Loop):
             return
         if child in self.to_fork:
             self.to_fork.remove(child)
-            self.after(0, self.reap)    # it may be that nothing else runs
+        self.after(0, self.reap)    # it may be that nothing else runs
         already, child.asked = child.asked, then
         if child.group is None and then == "restart":
-            self.start(child)
+            self.report(f"gone {index}")
         elif child.group and not already:
             groups = {child.group, *groups_below([child.group])}
             self.advance(self.stop(partial(self.alive, groups)))
@@ -1443,10 +1448,13 @@ class Guard(Loop):
 
     # -- children
 
-    def start(self, child):
-        """Queue a child to be forked."""
-        self.to_fork.append(child)
-        self.after(0, self.spawn)
+    def on_start(self, index):
+        """Queue an instance to be forked, if that is still wanted."""
+        child = self.children[index]
+        if self.status is None and child.asked == "restart" and not child.group:
+            child.asked = None
+            self.to_fork.append(child)
+            self.after(0, self.spawn)
 
     def spawn(self):
         """Fork the next child; the others follow after a look at what has happened meanwhile."""
@@ -1463,7 +1471,7 @@ class Guard(Loop):
         except OSError as error:
             self.say(f"{child.name}: cannot start: {error.strerror}")
             return self.on_end(1)
-        self.running[pid], child.asked = child, None
+        self.running[pid] = child
         child.pid = child.group = pid
         self.terminated.discard(pid)    # a group of the past may have had this id
         child.since = time.monotonic()
@@ -1487,15 +1495,15 @@ class Guard(Loop):
             if not send_signal(-group, 0):
                 child = self.running.pop(group)
                 child.group = None
-                if child.asked == "restart" and self.status is None:
-                    self.start(child)
+                if child.asked == "restart":
+                    self.report(f"gone {child.index}")
         self.pursue()
         if self.status is not None:
             if nothing_left and not self.running:
                 self.over = True
             self.report("progress")
         elif not self.to_fork and not any(child.pid or child.asked == "restart"
-                                          for child in self.running.values()):
+                                          for child in self.children):
             self.say("nothing is running any more")
             self.on_end(self.first_failure)
         if leaderless and not self.adopts:
@@ -1622,8 +1630,8 @@ class Guard(Loop):
     def terminate_leader(self, child, leader, told=frozenset()):
         """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs.
 
-        A second look follows, for those that were not `told`: dash notes a signal, and then an
-        `exec` forgets it, or a program that was just started is waited for.
+        While it is one, more looks follow, for those that were not `told` yet: dash notes a
+        signal, and then an `exec` forgets it, or a program that was just started is waited for.
         """
         if child.pid != leader:
             return
@@ -1634,8 +1642,8 @@ class Guard(Loop):
         if waits:
             # Looked for before the signal: a trap of its own may start a program.
             runs.update(pid for pid in children_of(leader) if group_of(pid) == leader)
-            if not told and b"trap" not in child.instance.command:
-                again = partial(self.terminate_leader, child, leader, {leader, *runs})
+            if b"trap" not in child.instance.command:
+                again = partial(self.terminate_leader, child, leader, told | runs)
                 self.after(SETTLING, again)
         send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
         for pid in runs - told:
@@ -1699,10 +1707,14 @@ class Sink:
         return moved
 
 
-LEAVE = b"\x1d"    # Ctrl-]
-ALTERNATE = re.compile(rb"\x1b\[\?(?:1049|1047|47)([hl])")    # screen, on or off
-# Cursor keys, keypad, wrap, cursor, mouse, focus and paste reports, colours, character set.
-RESET = b"\x1b[?1l\x1b>\x1b[?7h\x1b[?25h\x1b[?1000;1002;1003;1004;1006;2004l\x1b[0m\x1b(B\x0f"
+# Ctrl-], also as xterm and kitty send it to a program that has asked for unambiguous keys.
+LEAVE = re.compile(rb"\x1d|\x1b\[(?:27;5;93~|93[:\d]*;(?:5|69|133|197)[:;\d]*u)")
+MODES = re.compile(rb"(\x1b\[\?[\d;]+)([hl])")    # on and off: alternate screen, mouse, cursor
+# What leaves no trace of a program: scroll region, keyboard, insert mode, cursor keys, keypad,
+# wrap, cursor and its shape, mouse, focus and paste reports, colours, character set, and what
+# stands below the cursor.
+RESET = (b"\x1b7\x1b[r\x1b[<u\x1b8\x1b[>4m\x1b[4l\x1b[?1l\x1b>\x1b[?7h\x1b[?25h\x1b[0 q"
+         b"\x1b[?1000;1002;1003;1004;1006;2004l\x1b[0m\x1b(B\x0f\x1b[J")
 
 
 class Terminal:
@@ -1770,12 +1782,11 @@ class Front(Loop):
     signalled = None       # when a signal first asked for the end (monotonic)
     pausing = False        # Ctrl-Z, until the guard has stopped all
     failed = None          # the Child whose failure ended the set
-    scrolled = False       # since then, whether others have written
+    writer = None          # the Child that has written last
     lost = 0               # the exit status for output that could not be written
     attached = None        # the Child that the terminal belongs to
     attach_first = ()      # the instance that is to be attached when it starts, if any
     in_line = False        # whether what the attached program wrote ends in mid-line
-    alternate = b"l"       # whether it uses the alternate screen: b"h"
     held = 0               # bytes of others that are held back meanwhile
 
     def __init__(self, guard, printer, sink):
@@ -1860,17 +1871,20 @@ class Front(Loop):
 
     def show(self, child, data):
         """Show what an instance has written: behind its prefix, or as it is if attached."""
+        if child.pty:
+            child.screen.update(MODES.findall(data))
+            if b"\x1b[6n" in data and child is not self.attached:
+                with suppress(OSError):    # irb asks where the cursor is, and waits for an answer
+                    os.write(child.input, b"\x1b[1;2R")
         if child is self.attached:
             self.queue.append(data)
             self.in_line = not data.endswith(b"\n")
-            self.alternate = (ALTERNATE.findall(data) or [self.alternate])[-1]
         elif child.instance in self.options.quiet:
             return
         else:
             self.print(child, data)
         child.last = (child.last + data[-SHOWN_AGAIN:])[-SHOWN_AGAIN:]
-        if child is not self.failed:
-            self.scrolled = True
+        self.writer = child
 
     def print(self, child, data):
         """Print what an instance has written; while another one is attached, hold it back."""
@@ -1936,7 +1950,7 @@ class Front(Loop):
     def on_started(self, index, pid):
         """An instance was started; from now on its output is read."""
         child = self.children[index]
-        child.pid, child.since, child.last = pid, time.monotonic(), b""
+        child.pid, child.since, child.last, child.screen = pid, time.monotonic(), b"", {}
         self.say(f"started with pid {pid}, PORT={child.instance.port}", child)
         self.watch_output(child)
         if child.instance in self.attach_first:
@@ -1957,9 +1971,14 @@ class Front(Loop):
         child.pid, child.since, child.ended = None, time.monotonic(), how_it_ended(status)
         self.say(child.ended, child)
 
+    def on_gone(self, index):
+        """An instance is to be started anew, once what it wrote before is shown."""
+        self.drain(self.children[index])
+        self.order("start", index)
+
     def on_failed(self, index):
         """An instance has failed, which ends the set."""
-        self.failed, self.scrolled = self.children[index], False
+        self.failed = self.children[index]
 
     def on_ending(self):
         """The set is being ended: the terminal is procrun's again, to say so."""
@@ -1967,7 +1986,7 @@ class Front(Loop):
 
     def show_last(self):
         """Show again what the failed instance wrote last, if others have written since then."""
-        if self.failed and self.failed.last and self.scrolled and os.isatty(1):
+        if self.failed and self.failed.last and self.writer is not self.failed and os.isatty(1):
             self.say(f"last lines of {self.failed.name}:")
             lines = self.failed.last.rstrip(b"\n").split(b"\n")
             self.printer.feed(self.failed, b"\n".join(lines[-10:]))
@@ -2110,11 +2129,11 @@ class Front(Loop):
             self.always.unregister(self.terminal.fd)
             self.after(1, self.watch_terminal)
         elif self.attached:
-            keys, leave, data = data.partition(LEAVE)
+            keys, *rest = LEAVE.split(data, 1)
             self.type(keys)
-            if leave or not keys:
+            if rest or not keys:
                 self.detach()
-                self.on_lines(data)
+                self.on_lines(b"".join(rest))
         else:
             self.on_lines(data)
 
@@ -2174,15 +2193,18 @@ class Front(Loop):
             return
         if not terminal.is_ours():
             return self.after(1, self.resume)    # a shell's `fg` sends no signal
+        screen = self.attached.screen
         self.order("raw", raw)
         if raw:
             tty.setraw(0, termios.TCSANOW)
+            self.queue += [mode + b"h" for mode, state in screen.items() if state == b"h"]
             send_signal(-self.attached.pid, signal.SIGWINCH)    # so that it draws itself anew
         elif terminal.raw:
             self.flush()    # what was written for raw mode
             termios.tcsetattr(0, termios.TCSANOW, terminal.modes)
-            self.queue.append(RESET + (b"\x1b[?1049l" if self.alternate == b"h" else b""))
-            self.alternate = b"l"
+            self.queue.append(RESET)
+            if screen.get(b"\x1b[?1049") == b"h":
+                self.queue.append(b"\x1b[?1049l")
         terminal.raw = raw
 
     def detach(self):

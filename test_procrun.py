@@ -3076,24 +3076,6 @@ def test_another_users_process_is_given_up(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
-def test_two_that_die_in_the_same_instant(tmp_path):
-    with start(tmp_path, "a: exec sleep 300\nb: exec sleep 301\nc: exec sleep 302\n") as run:
-        eventually(lambda: run.read(0.1) and sleeping(run, b"30") == len(pids(run)) == 3)
-        parents = [run.pid, guard(run)]    # in this order: procrun would wake its guard
-        for pid in parents:
-            os.kill(pid, signal.SIGSTOP)
-            eventually(lambda: is_stopped(pid))
-        os.kill(pids(run)["a.1"], signal.SIGKILL)
-        os.kill(pids(run)["b.1"], signal.SIGUSR2)
-        for pid in reversed(parents):    # or the guard could be gone already
-            os.kill(pid, signal.SIGCONT)
-        assert run.wait() in (128 + signal.SIGKILL, 128 + signal.SIGUSR2)
-        assert fates(run, "a.1") == [b"terminated by SIGKILL"]
-        assert fates(run, "b.1") == [b"terminated by SIGUSR2"]
-        assert fates(run, "c.1") == [b"terminated by SIGTERM"]
-        assert run.output.count(b"stopping the rest") == 1
-
-
 # Lose nothing ------------------------------------------------------------------------------------
 
 @both_ways
@@ -3669,9 +3651,8 @@ def test_quiet_drops_output_and_tells_exits(tmp_path):
     ("trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.1; done", True),
     ("echo up; exec sleep 300", False)])
 def test_last_lines_of_what_failed_are_shown_again(tmp_path, other, again):
-    with start(tmp_path, "web: for n in $(seq 20); do echo line $n; done; printf 'half\\r50'; "
-                         + UNTIL_GO + "exit 3\nworker: %s\n" % other, kind=Terminal) as run:
-        run.expect(rb"line 20$")
+    with start(tmp_path, "web: " + UNTIL_GO + "for n in $(seq 20); do echo line $n; done; "
+                         "printf 'half\\r50'; exit 3\nworker: %s\n" % other, kind=Terminal) as run:
         run.expect(rb"\| up$")
         tmp_path.joinpath("go").touch()
         assert run.wait() == 3
@@ -4197,12 +4178,31 @@ def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
         assert b"\none\ntwo\n" in run.output
 
 
+def test_no_output_of_a_restarted_instance_precedes_its_start(tmp_path):
+    """Not even if procrun is slower than it is."""
+    with start(tmp_path, "a: echo up; trap 'echo asked; %sexit' TERM; %s\n" % (UNTIL_GO, LOOP),
+               kind=Terminal) as run:
+        ups(run, "a.1", 1)
+        run.type(b"restart a\n")
+        run.expect(rb"\| asked$")
+        run.signal(signal.SIGSTOP)
+        tmp_path.joinpath("go").touch()
+        pause(0.3)
+        run.signal(signal.SIGCONT)
+        ups(run, "a.1", 2)
+        run.end()
+        words = [line.split()[0] for line in run.lines("a.1")]
+        asked = words.index(b"asked")
+        assert words[asked + 1:asked + 4] == [b"exited", b"started", b"up"]
+
+
 @pytest.mark.parametrize("options, leave", [([], b"\x04"), (["--pty"], b"\x1d")])
 def test_what_was_typed_to_one_that_has_ended_is_not_for_the_next(tmp_path, options, leave):
     """Nor are the modes of its PTY, where a return would not end the line."""
     text = ("a: echo up; if [ -e before ]; then read line; echo \"[$line]\"; fi; touch before; "
             "stty raw 2>/dev/null; exec sleep 300\n")
     with start(tmp_path, text, *options, kind=Terminal) as run:
+        ups(run, "a.1", 1)
         eventually(lambda: sleeping(run, b"300"))
         run.type(b"attach a\r")
         run.expect(rb"attached")
@@ -4245,21 +4245,38 @@ def test_the_end_of_the_set_takes_the_terminal_back(tmp_path, how, status):
         assert run.wait() == status
 
 
+ASK = r"""
+import os, signal, tty
+signal.signal(signal.SIGWINCH, lambda *_: print("drawn"))
+tty.setcbreak(0)
+os.write(1, b"\33[?1h\33[6n")
+while True:
+    print("got", os.read(0, 9))
+"""
+
+
 @needs_linux
-def test_an_attached_program_draws_itself_anew(tmp_path):
-    """Also where the size stays; and when procrun goes on, and a shell has changed the modes."""
-    with start(tmp_path, "a: trap 'echo drawn' WINCH; echo up; %s\n" % LOOP, "--pty", "--no-prefix",
+def test_a_program_keeps_its_terminal_while_it_is_not_attached(tmp_path):
+    """irb asks where the cursor is, and waits for the answer.  Its modes are set again, and it
+    draws itself anew, though its size stays; also when procrun goes on, and a shell has changed the
+    user's modes.  Ctrl-S holds nothing; Ctrl-] is known as xterm sends it on demand."""
+    tmp_path.joinpath("ask.py").write_text(ASK)
+    with start(tmp_path, "web: exec %s -u ask.py\n" % PYTHON, "--pty", "--no-prefix",
                kind=Terminal) as run:
         modes = run.modes()
-        run.expect(rb"^up$")
-        run.type(b"attach a\n")
-        run.expect(rb"drawn")
+        run.expect(rb"^got b'\\x1b\[1;2R'$")
+        run.type(b"attach web\r")
+        run.expect(rb"attached(?s:.*)\x1b\[\?1h(?s:.*)drawn")
         run.signal(signal.SIGSTOP)
         eventually(lambda: is_stopped(run.pid))
         termios.tcsetattr(run.keyboard, termios.TCSANOW, modes)
         run.signal(signal.SIGCONT)
-        run.expect(rb"(?s)drawn.*drawn")
+        run.expect(rb"(?s)drawn.*\x1b\[\?1h.*drawn")
         eventually(lambda: not run.modes()[3] & termios.ICANON)
+        run.type(b"\x13")
+        run.expect(rb"^got b'\\x13'$")
+        run.type(b"\x1b[27;5;93~ps\r")
+        run.expect(rb"running for 0:\d\d$")
         run.end()
 
 
