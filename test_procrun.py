@@ -4053,6 +4053,17 @@ def ups(run, name, count):
     eventually(lambda: run.read(0.05) and run.lines(name).count(b"up") >= count)
 
 
+@pytest.mark.parametrize("opening", [":", "exec <typed", "exec </dev/null"])
+def test_no_command_is_read_but_from_a_terminal(tmp_path, opening):
+    """From a pipe, a file, or nothing; and its end ends nothing."""
+    app = procfile(tmp_path, "a: sleep 0.2; exit 7\n")
+    tmp_path.joinpath("typed").write_bytes(b"restart a\n")
+    status, out, _ = ask(app, "start", input=b"restart a\n", command=(
+        "sh", "-c", opening + '; "$@"; echo $?; cat', "sh", *compiled()))
+    assert out.endswith(b"\n7\n" if "null" in opening else b"\n7\nrestart a\n")
+    assert out.count(b"started") == 1
+
+
 @pytest.mark.parametrize("typed, again", [
     (b"restart web", ["web.1", "web.2"]), (b"restart", ["web.1", "web.2", "deaf.1"]),
     (b"restart web.2", ["web.2"]), (b"restart deaf web.1", ["web.1", "deaf.1"]),
@@ -4097,17 +4108,6 @@ def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
         assert run.lines("b.1").count(b"up") == 1
         run.type(b"stop a b\n")    # nothing runs any more
         assert run.wait() == 0
-
-
-@pytest.mark.parametrize("opening", [":", "exec <typed", "exec </dev/null"])
-def test_no_command_is_read_but_from_a_terminal(tmp_path, opening):
-    """From a pipe, a file, or nothing; and its end ends nothing."""
-    app = procfile(tmp_path, "a: sleep 0.2; exit 7\n")
-    tmp_path.joinpath("typed").write_bytes(b"restart a\n")
-    status, out, _ = ask(app, "start", input=b"restart a\n", command=(
-        "sh", "-c", opening + '; "$@"; echo $?; cat', "sh", *compiled()))
-    assert out.endswith(b"\n7\n" if "null" in opening else b"\n7\nrestart a\n")
-    assert out.count(b"started") == 1
 
 
 def test_keep_going_and_the_restart_of_one_that_failed(tmp_path):
