@@ -60,7 +60,8 @@ executed.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - The guard keeps its ends of the pipes open, so an instance can be forked anew on the same pipe.
-#   An instance is read only after its start was reported: no output precedes it.
+#   It is read only after its start was reported, and started anew only after what it had written
+#   is shown: no output precedes the start.
 # - Only select() waits.  Signals arrive as bytes in a pipe, stdout is waited for like any other
 #   file descriptor, and while it takes nothing no child is read: that is the back-pressure.
 import os
