@@ -55,8 +55,8 @@ executed.
 # - A child leads a session and a group of its own.  The terminal's Ctrl-C does not reach it, so it
 #   gets one signal, the one that the guard sends.
 # - First the program, then what it leaves: SIGTERM goes to the leader alone (and to what a shell
-#   runs that waits for it), and to the rest of its group when it has ended.  Servers tell their
-#   own workers; a signal sent behind their back costs work.
+#   runs that waits for it), and to what is left of its group when that has lost its parent.
+#   Servers tell their own workers; a signal sent behind their back costs work.
 # - What leaves its group (a daemon) is adopted when its parent dies: the guard is a subreaper, so
 #   on Linux the set has ended when the kernel says that the guard has no child any more.
 # - The guard keeps its ends of the pipes open, so an instance can be forked anew on the same pipe.
@@ -1331,7 +1331,8 @@ class Guard(Loop):
         self.terminal = terminal       # to be restored if the front is killed; or None
         self.to_fork = list(children)  # to be forked
         self.running = {}              # group id -> Child, until the whole group is gone
-        self.terminated = set()        # groups that got SIGTERM
+        self.terminated = set()        # process ids that got SIGTERM
+        self.stopping = set()          # groups that a typed command ends
         self.strays = []               # names of what had left its group and got SIGTERM
 
     def fork(self):
@@ -1361,7 +1362,7 @@ class Guard(Loop):
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports}
-        keep.update(*((child.stdin, child.output) for child in self.children))
+        keep.update(*((child.fd, child.stdin, child.output) for child in self.children))
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # no error if it is closed already
         # /proc may be missing, or be that of another PID namespace.
@@ -1398,6 +1399,8 @@ class Guard(Loop):
         self.reap()    # so that what has ended is not signalled
         if not self.receive(fd):
             selector.unregister(fd)
+            for child in self.children:    # or writing would fail, and cost them their work
+                selector.register(child.fd, EVENT_READ, partial(read_some, child.fd, CHUNK))
             self.on_signal(signal.SIGHUP)
 
     def on_raw(self, raw):
@@ -1441,6 +1444,7 @@ class Guard(Loop):
             self.report(f"gone {index}")
         elif child.group and not already:
             groups = {child.group, *groups_below([child.group])}
+            self.stopping |= groups
             self.advance(self.stop(partial(self.alive, groups)))
 
     def on_restart(self, index):
@@ -1474,7 +1478,8 @@ class Guard(Loop):
             return self.on_end(1)
         self.running[pid] = child
         child.pid = child.group = pid
-        self.terminated.discard(pid)    # a group of the past may have had this id
+        self.terminated.discard(pid)    # a process of the past may have had this id
+        self.stopping.discard(pid)
         child.since = time.monotonic()
         self.report(f"started {child.index} {pid}")
 
@@ -1592,16 +1597,16 @@ class Guard(Loop):
         return {group: groups[group] for group in groups if among is None or group in among}
 
     def pursue(self):
-        """End what leaders have left in their groups; when the set ends, also what has left
-        them."""
+        """End what leaders have left in their groups; and what has left them, when the set ends or
+        its instance was asked to."""
         leaders = {group for group, child in self.running.items() if child.pid}
-        left = {group: [] for group in self.running if group not in leaders}
-        if self.adopts and (left or self.status is not None):
+        left = {group: [group] for group in self.running if group not in leaders}
+        if self.adopts and (left or self.stopping or self.status is not None):
             left = groups_below(set(children_of(os.getpid())) - leaders)
         for group, pids in left.items():
             if self.killing:
                 self.signal(group, signal.SIGKILL)
-            elif self.status is not None or group in self.running and self.running[group].asked:
+            elif self.status is not None or group in self.stopping:
                 self.terminate({group: pids})
 
     def names(self, groups):
@@ -1615,24 +1620,28 @@ class Guard(Loop):
             send_signal(group, number)
 
     def terminate(self, groups):
-        """Send SIGTERM, once, to the leaders of groups, and to whole groups without a leader.  A
-        program tells its workers itself; what it leaves gets SIGTERM when it has ended."""
-        for group in set(groups) - self.terminated:
-            self.terminated.add(group)
+        """Send SIGTERM, once, to the leaders of groups; where none is left, to the members whose
+        parent is gone, which the guard has adopted.  A program tells its own children itself, in
+        whatever group they are; what it leaves gets SIGTERM when it has ended."""
+        own = set(children_of(os.getpid()) if self.adopts else groups)
+        for group, pids in groups.items():
             child = self.running.get(group)
-            if child and child.pid:
-                self.terminate_leader(child, child.pid)
-            else:
-                self.send_sigterm(-group, groups[group])
-            if not child:
-                self.strays.append(process_name(groups[group][0]))
-            self.signal(group, signal.SIGCONT)    # or a stopped one would not act on it
+            leader = child.pid if child else None
+            for pid in own.intersection([leader] if leader else pids) - self.terminated:
+                self.terminated.add(pid)
+                if leader:
+                    self.terminate_leader(child, leader)
+                else:
+                    self.send_sigterm(pid if self.adopts else -group, pid)
+                if not child:
+                    self.strays.append(process_name(pid))
+                self.signal(group, signal.SIGCONT)    # or a stopped one would not act on it
 
-    def terminate_leader(self, child, leader, told=frozenset()):
+    def terminate_leader(self, child, leader):
         """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs.
 
-        While it is one, more looks follow, for those that were not `told` yet: dash notes a
-        signal, and then an `exec` forgets it, or a program that was just started is waited for.
+        While it is one, more looks follow: dash notes a signal, and then an `exec` forgets it, or
+        a program that was just started is waited for.
         """
         if child.pid != leader:
             return
@@ -1642,21 +1651,21 @@ class Guard(Loop):
             return
         if waits:
             # Looked for before the signal: a trap of its own may start a program.
-            runs.update(pid for pid in children_of(leader) if group_of(pid) == leader)
+            runs.update(children_of(leader))
             if b"trap" not in child.instance.command:
-                again = partial(self.terminate_leader, child, leader, told | runs)
-                self.after(SETTLING, again)
+                self.after(SETTLING, partial(self.terminate_leader, child, leader))
         send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
-        for pid in runs - told:
-            self.send_sigterm(pid, [pid])
+        for pid in runs - self.terminated:
+            self.send_sigterm(pid, pid)
+        self.terminated |= runs
 
-    def send_sigterm(self, target, pids):
-        """Send SIGTERM to a process or group (see send_signal()) that consists of `pids`.
+    def send_sigterm(self, target, pid):
+        """Send SIGTERM to a process, or to its group (see send_signal()).
 
         A shell's fork still has our trap until it has become a program: dash would note the
-        signal and then forget it.  So whatever may be such a fork is given some time.
+        signal and then forget it.  So what may be such a fork is given some time.
         """
-        if any(TRAP in read_proc(pid, "cmdline") for pid in pids):
+        if TRAP in read_proc(pid, "cmdline"):
             self.after(SETTLING, partial(send_signal, target, signal.SIGTERM))
         else:
             send_signal(target, signal.SIGTERM)
