@@ -1248,6 +1248,15 @@ def children_of(pid):
     return found
 
 
+def stdin_pipe(pid):
+    """Return the name of the pipe that a process has as its stdin (proc(5)); empty if it is none,
+    or where the system does not tell."""
+    with suppress(OSError):
+        name = os.readlink(f"/proc/{pid}/fd/0")
+        return name if name.startswith("pipe:") else ""
+    return ""
+
+
 def group_of(pid):
     """Return the group of a process, or None if the process is gone."""
     with suppress(ProcessLookupError):
@@ -1651,8 +1660,11 @@ class Guard(Loop):
             return
         if waits:
             # Looked for before the signal: a trap of its own may start a program.
-            runs.update(children_of(leader))
-            if b"trap" not in child.instance.command:
+            found = children_of(leader)
+            pipes = "", stdin_pipe(leader)
+            # Of `app | tee log`, app is told, and tee when that has ended.
+            runs.update([pid for pid in found if stdin_pipe(pid) in pipes] or found)
+            if len(runs) < len(found) or b"trap" not in child.instance.command:
                 self.after(SETTLING, partial(self.terminate_leader, child, leader))
         send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
         for pid in runs - self.terminated:

@@ -2837,12 +2837,13 @@ PART = "sh -c 'trap \"echo %s >&2; exit\" TERM; echo up >&2; " + LOOP + "'"
     ("sh run.sh", "", PREFORKED),    # without exec
     ("PROGRAM session", "", PREFORKED),    # as rq
     ("%s | %s" % (PART % "left", PART % "right"), "", [b"left", b"right"]),
+    ("PROGRAM 2>&1 | cat", "", PREFORKED),
     ("(%s) & exec sleep 300" % SAVING, "", [b"saved"]),
     ("trap '' HUP; (setsid sh -c '%s' &) ; exec sleep 300" % SAVING.replace("'", '"'), "",
      [b"saved"]),
     ("setsid --wait sh -c '%s'" % SAVING.replace("'", '"'), "", [b"saved"]),
     ("trap 'exec %s -S save.py' TERM; echo up; %s" % (PYTHON, LOOP), "", [b"saved"]),
-], ids="exec cd cd-exec assignment cd-pty list-pty script session pipeline leader-gone daemon setsid "
+], ids="exec cd cd-exec assignment cd-pty list-pty script session pipeline tee leader-gone daemon setsid "
        "trap-that-execs".split())
 def test_the_program_is_asked_first_and_then_what_it_leaves(tmp_path, command, args, expected):
     tmp_path.joinpath("prefork.py").write_text(PREFORK)
@@ -2851,7 +2852,7 @@ def test_the_program_is_asked_first_and_then_what_it_leaves(tmp_path, command, a
     tmp_path.joinpath("run.sh").write_text(program + "\necho never\n")
     with start(tmp_path, "a: %s\n" % command.replace("PROGRAM", program),
                "-t", "20", *args.split()) as run:
-        count = 2 if "|" in command else 1
+        count = 2 if "left" in command else 1
         eventually(lambda: run.read(0.05) and run.output.count(b"| up\n") == count)
         eventually(lambda: sleeping(run, b"300") == command.count("exec sleep"))
         run.signal(signal.SIGTERM)
