@@ -1321,9 +1321,9 @@ class Guard(Loop):
     """The parent of all children: forks, signals and reaps them, and decides when the set ends.
 
     Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, `start INDEX` (the answer
-    to `gone INDEX`), and `raw 1` or `raw 0`.  Reports are `started INDEX PID`, `ended INDEX STATUS`
-    (of a leader), `gone INDEX` (its group, before a restart), `failed INDEX` (which ends the set),
-    `say TEXT`, `paused`, `ending`, `progress`, and as the last one `exit STATUS`.
+    to `gone INDEX`), and `raw 1` or `raw 0`.  Reports are `started INDEX PID`, `ended INDEX
+    STATUS` (of a leader), `gone INDEX` (its group, before a restart), `failed INDEX` (which ends
+    the set), `say TEXT`, `paused`, `ending`, `progress`, and as the last one `exit STATUS`.
     """
     raw = False         # whether the front has put the user's terminal into raw mode
     paused = False      # Ctrl-Z: fork no more until SIGCONT
@@ -1654,22 +1654,21 @@ class Guard(Loop):
         """
         if child.pid != leader:
             return
-        runs, waits = set(), child.text.startswith(TRAP) and is_shell(leader)
-        if waits and not self.adopts:
+        if not (child.text.startswith(TRAP) and is_shell(leader)):
+            send_signal(leader, signal.SIGTERM)
+        elif not self.adopts:
             send_signal(-leader, signal.SIGTERM)    # no /proc tells what it runs
-            return
-        if waits:
+        else:
             # Looked for before the signal: a trap of its own may start a program.
-            found = children_of(leader)
-            pipes = "", stdin_pipe(leader)
+            found, pipes = children_of(leader), ("", stdin_pipe(leader))
             # Of `app | tee log`, app is told, and tee when that has ended.
-            runs.update([pid for pid in found if stdin_pipe(pid) in pipes] or found)
+            runs = {pid for pid in found if stdin_pipe(pid) in pipes} or set(found)
             if len(runs) < len(found) or b"trap" not in child.instance.command:
                 self.after(SETTLING, partial(self.terminate_leader, child, leader))
-        send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
-        for pid in runs - self.terminated:
-            self.send_sigterm(pid, pid)
-        self.terminated |= runs
+            send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
+            for pid in runs - self.terminated:
+                self.send_sigterm(pid, pid)
+            self.terminated |= runs
 
     def send_sigterm(self, target, pid):
         """Send SIGTERM to a process, or to its group (see send_signal()).
