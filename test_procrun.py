@@ -3444,6 +3444,8 @@ def test_a_prompt_is_answered(tmp_path, options, command, leave):
             screen.shows(r"clock\.1 +\| 1$")
             screen.type("attach web", "Enter")
         screen.shows(r"attached to web\.1; Ctrl-. leaves it$")
+        if options == "--pty":    # its prompt may have been written before
+            screen.type("", "Enter")
         if options:
             screen.shows(r"^[^ ]*> *\Z")
         screen.type("6 * 7", "Enter")
@@ -3633,7 +3635,7 @@ def test_fg_gives_an_attached_program_its_terminal_back(tmp_path):
         screen.type("bg", "Enter")
         pause(0.3)    # procrun sees that the terminal is not its own
         screen.type("fg", "Enter")
-        screen.shows(r"fg\n(?s:.*)web\Z")
+        screen.shows(r"fg\n(?s:.*)w\n?e\n?b\Z")    # wherever the line is broken
         screen.type("", "C-]")
         screen.shows(r"\| tick$")
 
