@@ -7,6 +7,7 @@ DEMO   := build/demo
 help:
 	@echo 'make demo | test | test-all | bench | install [PREFIX=] [DESTDIR=] | clean'
 
+# The trap keeps the shell, or make would call the Ctrl-C an error.
 demo:
 	@mkdir -p $(DEMO)
 	@printf '%s\n' \

@@ -1196,8 +1196,9 @@ whose output is dropped."""
 
 def child_environment(variables):
     """Return the environment of this process, overlaid by the variables of .env."""
+    inherited = {name: value for name, value in os.environb.items() if name}
     # Python's prints appear at once.
-    return {b"PYTHONUNBUFFERED": b"1", **os.environb, **variables}
+    return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
 
 
 def exec_child(options, child):
@@ -2467,7 +2468,10 @@ def cmd_start(args):
     can_die = selected(args.can_die, instances, "--can-die")
     quiet = selected(args.quiet, instances, "--quiet")
     enter_root(root)
-    limits = prepare_fds(instances)
+    try:
+        limits = prepare_fds(instances)
+    except OSError as error:
+        raise Failure(f"{os.devnull}: {error.strerror}; it is needed where 0, 1 or 2 is closed")
     terminal = Terminal() if os.isatty(0) else None
     if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "

@@ -1513,6 +1513,14 @@ def test_a_link_below_the_location_is_not_followed(tmp_path, link, options):
     assert tree(tmp_path) == before
 
 
+def test_the_location_may_be_a_link_and_is_made_if_missing(tmp_path):
+    procfile(tmp_path, "web: a\n")
+    tmp_path.joinpath("real").mkdir()
+    tmp_path.joinpath("link").symlink_to("real")
+    export(tmp_path, "runit", "link/new/deep")
+    assert files(tmp_path / "real" / "new" / "deep")
+
+
 def test_a_location_that_cannot_be_written_is_named(tmp_path):
     procfile(tmp_path, "web: a\n")
     tmp_path.joinpath("file").write_text("text")
@@ -2583,6 +2591,11 @@ def test_streams_closed_from_the_start_and_no_terminal(tmp_path, closed):
         assert b"Traceback" not in run.output
 
 
+def test_an_error_with_a_closed_stderr(tmp_path):
+    with start(tmp_path, "wrong\n", preexec_fn=lambda: os.close(2)) as run:
+        assert run.wait() == 1
+
+
 def stalled(pid):
     """Whether a process that writes all the time has been waiting for a tenth of a second."""
     written = facts(pid, "io")["wchar"]
@@ -2990,6 +3003,25 @@ def test_the_guard_is_small_and_no_signal_but_sigkill_ends_it(tmp_path):
             os.kill(guard(run), number)
         run.end()
         assert fates(run, "a.1") == [b"terminated by SIGTERM"]
+
+
+DOUBLED = """
+import ctypes, sys
+def strings(*values):
+    return (ctypes.c_char_p * (len(values) + 1))(*values, None)
+ctypes.CDLL(None).execve(sys.argv[1].encode(), strings(*[each.encode() for each in sys.argv[1:]]),
+    strings(b"PORT=1", b"PORT=2", b"PS=1", b"PS=2", b"A=1", b"A=2", b"B=1", b"B=2", b"=", b"C"))
+"""
+
+
+@pytest.mark.parametrize("command", ["start", "run web"])
+def test_variables_that_are_there_twice(tmp_path, command):
+    """A shell would take the last one, putenv() replaces the first."""
+    procfile(tmp_path, "web: echo $PORT $PS $A $B\n", "A=3\n")
+    status, out, errors = ask(tmp_path, *command.split(), command=(
+        sys.executable, "-c", DOUBLED, sys.executable, PROCRUN))
+    assert (status, errors) == (0, b"")
+    assert re.search(rb"^(.*\| )?1 web\.1 3 1$", out, re.MULTILINE), out
 
 
 def test_a_signal_is_not_lost_at_any_moment_of_the_start(tmp_path):
