@@ -4130,11 +4130,12 @@ def test_typed_stop_ps_help_and_what_is_unknown(tmp_path):
         run.type(b"ps\n")
         run.expect(rb"system \| a\.1  PORT=\d+, terminated by SIGTERM, 0:\d\d ago$")
         run.expect(rb"system \| b\.1  PORT=\d+, pid \d+, running for 0:\d\d$")
-        run.type(b"restart a\n")
+        run.type(b"restart a\nrestart a\n")
         ups(run, "a.1", 2)
         assert run.lines("b.1").count(b"up") == 1
         run.type(b"stop a b\n")    # nothing runs any more
         assert run.wait() == 0
+        assert run.lines("a.1").count(b"up") == 2
 
 
 def test_keep_going_and_the_restart_of_one_that_failed(tmp_path):
@@ -4203,6 +4204,17 @@ def test_the_last_words_of_an_attached_program_are_not_changed(tmp_path):
         run.signal(signal.SIGCONT)
         assert run.wait() == 0
         assert b"\none\ntwo\n" in run.output
+
+
+@needs_linux
+def test_a_typed_restart_asks_what_is_in_a_session_of_its_own(tmp_path):
+    """When its parent has ended, and not only with SIGKILL."""
+    with start(tmp_path, "a: exec setsid --wait sh -c 'trap \"echo saved; exit\" TERM; echo up; %s'\n"
+               % LOOP, kind=Terminal) as run:
+        ups(run, "a.1", 1)
+        run.type(b"restart a\n")
+        run.expect(rb"\| saved$")
+        run.end()
 
 
 def test_no_output_of_a_restarted_instance_precedes_its_start(tmp_path):
