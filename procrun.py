@@ -72,6 +72,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
 
 import argparse
 import errno
+import gc
 import math
 import re
 import select
@@ -1354,6 +1355,7 @@ class Guard(Loop):
         resize_pipe(report, CHUNK)    # for a front that is stopped
         resize_pipe(order, CHUNK)     # for commands that are typed faster than they are obeyed
         signal.pthread_sigmask(signal.SIG_SETMASK, STANDARD)
+        gc.freeze()    # or a collection would copy the memory that the two processes share
         pid = os.fork()
         if pid == 0:
             try:
