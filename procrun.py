@@ -1791,12 +1791,8 @@ def port_taken(port):
     return False
 
 
-TYPED_COMMANDS = """\
-restart [NAME ...]  end instances (default: all) and start them again
-stop NAME ...       end instances; they stay ended until restart
-attach NAME         type to a process, until Ctrl-D (under --pty, or with --attach: Ctrl-])
-ps [NAME ...]       list the instances
-help                show this list"""
+# As the manual above lists them (python -OO has none).
+TYPED_COMMANDS = re.findall(r"(?m)^    ((?:restart|stop|attach|ps|help) .*)", __doc__ or "")
 
 
 class Front(Loop):
@@ -2180,7 +2176,7 @@ class Front(Loop):
                 elif not self.attached:
                     self.attach(child)
         elif word:
-            for line in TYPED_COMMANDS.splitlines():
+            for line in TYPED_COMMANDS:
                 self.say(line)
 
     def state(self, child):
