@@ -1259,13 +1259,6 @@ def stdin_pipe(pid):
     return ""
 
 
-def group_of(pid):
-    """Return the group of a process, or None if the process is gone."""
-    with suppress(ProcessLookupError):
-        return os.getpgid(pid)
-    return None
-
-
 def groups_below(pids):
     """Return {group: process ids} of these processes and all their descendants.
 
@@ -1274,9 +1267,9 @@ def groups_below(pids):
     """
     groups, pids = {}, list(pids)
     for pid in pids:
-        groups.setdefault(group_of(pid), []).append(pid)
+        with suppress(ProcessLookupError):
+            groups.setdefault(os.getpgid(pid), []).append(pid)
         pids += children_of(pid)    # the list grows while it is read
-    groups.pop(None, None)
     groups.pop(os.getpgrp(), None)    # of a child that has not called setsid() yet
     return groups
 
