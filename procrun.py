@@ -1811,7 +1811,6 @@ class Front(Loop):
         self.system = Source("system", "37")
         self.queue = printer.queue    # what stdout has not taken yet
         self.typed = bytearray()      # what the attached program has not taken yet
-        self.unread = []              # children that wait to be read, as too much is held back
         # What is watched always, only while stdout takes output, and only while it does not.
         self.always, self.busy, self.stalled = [DefaultSelector() for _ in range(3)]
 
@@ -1909,7 +1908,6 @@ class Front(Loop):
         self.held += len(data) if self.attached else 0
         if self.held > MOST_HELD and child.fd in self.busy.get_map():
             self.busy.unregister(child.fd)
-            self.unread.append(child)
 
     def show_line(self, child):
         """Show a line that has been unfinished for a while, unless its end can be read now."""
@@ -2231,8 +2229,9 @@ class Front(Loop):
         self.queue += [b"\n"] if self.in_line else []
         self.queue += self.printer.queue
         self.printer.queue = self.queue
-        while self.unread:
-            self.watch_output(self.unread.pop())
+        for child in self.children:
+            if child.screen is not None:    # it was started, but may wait, as too much was held
+                self.watch_output(child)
         self.resize()
 
     def type(self, data=b""):
