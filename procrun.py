@@ -2071,6 +2071,7 @@ class Front(Loop):
         """Act upon the signals that arrived, in their order; but SIGCONT is the last of those that
         are read at once, because a handler that interrupts another one runs first."""
         numbers = read_some(self.signals) or b""
+        self.reap()
         for number in sorted(numbers, key=lambda number: number == signal.SIGCONT):
             if number in ENDING:
                 self.on_ending_signal(number)
@@ -2085,8 +2086,6 @@ class Front(Loop):
                 self.resume()
             elif number == signal.SIGWINCH:
                 self.resize()
-            elif number == signal.SIGCHLD:
-                self.reap()
 
     def on_ending_signal(self, number):
         """Pass an ending signal on to the guard.  When the guard has ended, procrun waits for
