@@ -84,9 +84,10 @@ from collections import namedtuple
 from contextlib import suppress
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
+from signal import SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGTSTP
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # an early Ctrl-C prints no traceback
+if __name__ == "__main__" and signal.getsignal(SIGINT) is signal.default_int_handler:
+    signal.signal(SIGINT, signal.SIG_DFL)    # an early Ctrl-C prints no traceback
 
 try:
     import fcntl
@@ -1035,11 +1036,11 @@ def resize_pipe(fd, capacity):
 
 # Signals: asynchronous -> readable ---------------------------------------------------------------
 
-ENDING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+ENDING = SIGINT, SIGTERM, SIGHUP, signal.SIGQUIT
 PASSED_ON = signal.SIGUSR1, signal.SIGUSR2
-CAUGHT = {*ENDING, *PASSED_ON, signal.SIGTSTP, signal.SIGCONT, signal.SIGCHLD, signal.SIGWINCH}
+CAUGHT = {*ENDING, *PASSED_ON, SIGTSTP, SIGCONT, SIGCHLD, signal.SIGWINCH}
 # Not the real-time ones: CPython takes 100 us a child to list them.
-STANDARD = set(range(1, 32)) - {signal.SIGKILL, signal.SIGSTOP}
+STANDARD = set(range(1, 32)) - {SIGKILL, SIGSTOP}
 
 
 def no_action(*_):
@@ -1049,7 +1050,7 @@ def no_action(*_):
 def handle(numbers, handler):
     """Set the handler of signals, except for a SIGHUP that is ignored (nohup)."""
     for number in numbers:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+        if number != SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 
@@ -1367,7 +1368,7 @@ class Guard(Loop):
         # /proc may be missing, or be that of another PID namespace.
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
-        self.signals = catch_signals({signal.SIGCHLD}, STANDARD - {signal.SIGCHLD})
+        self.signals = catch_signals({SIGCHLD}, STANDARD - {SIGCHLD})
         selector = DefaultSelector()
         selector.register(orders, EVENT_READ, partial(self.on_orders, orders, selector))
         selector.register(self.signals, EVENT_READ, self.reap)
@@ -1400,7 +1401,7 @@ class Guard(Loop):
             selector.unregister(fd)
             for child in self.children:    # or writing would fail, and cost them their work
                 selector.register(child.fd, EVENT_READ, partial(read_some, child.fd, CHUNK))
-            self.on_signal(signal.SIGHUP)
+            self.on_signal(SIGHUP)
 
     def on_raw(self, raw):
         """The front has put the user's terminal into raw mode, or back."""
@@ -1414,7 +1415,7 @@ class Guard(Loop):
         elif self.status is None:
             self.say(f"{signal_name(number)} received, shutting down")
             self.on_end(128 + number)
-        elif (number in (signal.SIGINT, signal.SIGTERM) and not self.killing
+        elif (number in (SIGINT, SIGTERM) and not self.killing
               and time.monotonic() > self.since + ONE_REQUEST):
             self.ending = self.kill(self.alive)
             self.advance(self.ending)
@@ -1423,10 +1424,10 @@ class Guard(Loop):
         """Send a signal to all groups; after SIGSTOP, no child is forked until SIGCONT."""
         for group in self.alive():
             self.signal(group, number)
-        if number == signal.SIGSTOP:
+        if number == SIGSTOP:
             self.paused = True
             self.report("paused")
-        elif number == signal.SIGCONT:
+        elif number == SIGCONT:
             self.paused = False
             self.after(0, self.spawn)
 
@@ -1570,7 +1571,7 @@ class Guard(Loop):
         while left and self.progress:
             self.progress = False
             for group in left:
-                self.signal(group, signal.SIGKILL)
+                self.signal(group, SIGKILL)
             yield GIVE_UP
             left = groups()
         if left:
@@ -1604,7 +1605,7 @@ class Guard(Loop):
             left = groups_below(set(children_of(os.getpid())) - leaders)
         for group, pids in left.items():
             if self.killing:
-                self.signal(group, signal.SIGKILL)
+                self.signal(group, SIGKILL)
             elif self.status is not None or group in self.stopping:
                 self.terminate({group: pids})
 
@@ -1634,7 +1635,7 @@ class Guard(Loop):
                     self.send_sigterm(pid if self.adopts else -group, pid)
                 if not child:
                     self.strays.append(process_name(pid))
-                self.signal(group, signal.SIGCONT)    # or a stopped one would not act on it
+                self.signal(group, SIGCONT)    # or a stopped one would not act on it
 
     def terminate_leader(self, child, leader):
         """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs.
@@ -1645,9 +1646,9 @@ class Guard(Loop):
         if child.pid != leader:
             return
         if not (child.text.startswith(TRAP) and is_shell(leader)):
-            send_signal(leader, signal.SIGTERM)
+            send_signal(leader, SIGTERM)
         elif not self.adopts:
-            send_signal(-leader, signal.SIGTERM)    # no /proc tells what it runs
+            send_signal(-leader, SIGTERM)    # no /proc tells what it runs
         else:
             # Looked for before the signal: a trap of its own may start a program.
             found, pipes = children_of(leader), ("", stdin_pipe(leader))
@@ -1655,7 +1656,7 @@ class Guard(Loop):
             runs = {pid for pid in found if stdin_pipe(pid) in pipes} or set(found)
             if len(runs) < len(found) or b"trap" not in child.instance.command:
                 self.after(SETTLING, partial(self.terminate_leader, child, leader))
-            send_signal(leader, signal.SIGTERM)    # a shell that waits ignores a second one
+            send_signal(leader, SIGTERM)    # a shell that waits ignores a second one
             for pid in runs - self.terminated:
                 self.send_sigterm(pid, pid)
             self.terminated |= runs
@@ -1667,9 +1668,9 @@ class Guard(Loop):
         signal and then forget it.  So what may be such a fork is given some time.
         """
         if TRAP in read_proc(pid, "cmdline"):
-            self.after(SETTLING, partial(send_signal, target, signal.SIGTERM))
+            self.after(SETTLING, partial(send_signal, target, SIGTERM))
         else:
-            send_signal(target, signal.SIGTERM)
+            send_signal(target, SIGTERM)
 
 
 # Front: shows ------------------------------------------------------------------------------------
@@ -2008,14 +2009,14 @@ class Front(Loop):
         self.set_raw(False)
         self.flush()
         # A blocked SIGTSTP stays pending, until a SIGCONT removes it (POSIX, Signal Concepts).
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTSTP})
-        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {SIGTSTP})
+        os.kill(os.getpid(), SIGTSTP)
         self.on_signals()
-        if self.pausing and signal.SIGTSTP in signal.sigpending():
-            os.kill(os.getpid(), signal.SIGSTOP)
-        signal.signal(signal.SIGTSTP, signal.SIG_IGN)    # which removes it as well
-        signal.signal(signal.SIGTSTP, no_action)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTSTP})
+        if self.pausing and SIGTSTP in signal.sigpending():
+            os.kill(os.getpid(), SIGSTOP)
+        signal.signal(SIGTSTP, signal.SIG_IGN)    # which removes it as well
+        signal.signal(SIGTSTP, no_action)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGTSTP})
 
     def on_exit(self, status):
         """Note the exit status, which is the last report."""
@@ -2033,7 +2034,7 @@ class Front(Loop):
             self.status = 1
             for child in self.children:
                 if child.pid:
-                    send_signal(-child.pid, signal.SIGKILL)
+                    send_signal(-child.pid, SIGKILL)
         self.detach()
         for child in self.children:
             self.drain(child)
@@ -2049,7 +2050,7 @@ class Front(Loop):
         take nothing: there is a limit for that."""
         with suppress(OSError):
             os.write(self.orders, f"{word} {number:d}\n".encode())
-            os.kill(self.guard, signal.SIGCONT)
+            os.kill(self.guard, SIGCONT)
 
     def set_limit(self, seconds):
         """Wait at most so long for the guard's next report; or, when the guard has ended,
@@ -2064,7 +2065,7 @@ class Front(Loop):
             self.queue.clear()
         else:
             print_error("the guard does not answer; killing it and all processes")
-            send_signal(self.guard, signal.SIGKILL)
+            send_signal(self.guard, SIGKILL)
             self.on_guard_gone()
 
     def on_signals(self):
@@ -2072,15 +2073,15 @@ class Front(Loop):
         are read at once, because a handler that interrupts another one runs first."""
         numbers = read_some(self.signals) or b""
         self.reap()
-        for number in sorted(numbers, key=lambda number: number == signal.SIGCONT):
+        for number in sorted(numbers, key=lambda number: number == SIGCONT):
             if number in ENDING:
                 self.on_ending_signal(number)
             elif number in PASSED_ON:
                 self.order("signal", number)
-            elif number == signal.SIGTSTP and os.getpid() != 1:    # process 1 cannot be stopped
+            elif number == SIGTSTP and os.getpid() != 1:    # process 1 cannot be stopped
                 self.pausing = True
-                self.order("signal", signal.SIGSTOP)
-            elif number == signal.SIGCONT:
+                self.order("signal", SIGSTOP)
+            elif number == SIGCONT:
                 self.pausing = False
                 self.order("signal", number)
                 self.resume()
@@ -2106,7 +2107,7 @@ class Front(Loop):
             while pid != 0:
                 pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
                 if pid == self.guard and os.WIFSTOPPED(status):
-                    os.kill(pid, signal.SIGCONT)
+                    os.kill(pid, SIGCONT)
 
     def resize(self):
         """Give the PTYs the size of the terminal less the prefix, or 80x24 without a terminal."""
