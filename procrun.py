@@ -839,9 +839,9 @@ class Source:
     sgr = ""                      # the sequences that set the line's colours
     column = 0                    # columns that the line has, at least
 
-    def __init__(self, name, colour, crlf=False):
+    def __init__(self, name, colour, pty=False):
         self.name, self.colour = name, colour    # str, SGR code as a str
-        self.crlf = crlf                         # whether its lines end in CR LF, as a PTY's do
+        self.pty = pty                           # whether its lines end in CR LF, as a PTY's do
         self.tail = bytearray()                  # of the unfinished line, what is not shown yet
 
     def begin_line(self):
@@ -895,7 +895,7 @@ class Printer:
         end = data.rfind(b"\n") + 1
         if end:
             lead, tail, rest = self.lead(source), source.tail, bytearray(data[end:])
-            if source.crlf or self.style.filter:
+            if source.pty or self.style.filter:
                 data = self.filtered(source, b"".join((tail, memoryview(data)[:end])))
                 tail = b""
             text = data.replace(b"\n", b"\n" + self.prefix(source))
@@ -920,7 +920,7 @@ class Printer:
 
     def filtered(self, source, data):
         """Return what the filter makes of a source's bytes; ordinary text stays as it is."""
-        if source.crlf:
+        if source.pty:
             data = data.replace(b"\r\n", b"\n")
             if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
                 data = re.sub(rb"\n\n{9,}", b"\n", data)
@@ -1141,9 +1141,8 @@ class Child(Source):
     screen = None            # the front's: the modes of the terminal that it has set (see MODES)
 
     def __init__(self, index, instance, colour, pty):
-        super().__init__(instance.name, colour, crlf=pty)
+        super().__init__(instance.name, colour, pty)
         self.index, self.instance, self.type = index, instance, instance.type
-        self.pty = pty                          # whether it gets a PTY
         self.text = shell_text(instance.command)
         self.since = time.monotonic()           # when it was forked, or has ended
 
