@@ -1312,7 +1312,8 @@ class Guard(Loop):
     Orders are `signal N`, `end STATUS`, `restart INDEX`, `stop INDEX`, `start INDEX` (the answer
     to `gone INDEX`), and `raw 1` or `raw 0`.  Reports are `started INDEX PID`, `ended INDEX
     STATUS` (of a leader), `gone INDEX` (its group, before a restart), `failed INDEX` (which ends
-    the set), `say TEXT`, `paused`, `ending`, `progress`, and as the last one `exit STATUS`.
+    the set), `say TEXT`, `paused`, `ending` (again whenever that makes progress), and as the last
+    one `exit STATUS`.
     """
     raw = False         # whether the front has put the user's terminal into raw mode
     paused = False      # Ctrl-Z: fork no more until SIGCONT
@@ -1506,7 +1507,7 @@ class Guard(Loop):
         if self.status is not None:
             if nothing_left and not self.running:
                 self.over = True
-            self.report("progress")
+            self.report("ending")
         elif not self.to_fork and not any(child.pid or child.asked == "restart"
                                           for child in self.children):
             self.say("nothing is running any more")
@@ -1949,9 +1950,6 @@ class Front(Loop):
         elif self.on_limit in self.timers:
             self.set_limit(self.options.grace + 1)
 
-    def on_progress(self):
-        """The guard is alive, and something has ended."""
-
     def on_started(self, index, pid):
         """An instance was started; from now on its output is read."""
         child = self.children[index]
@@ -1986,7 +1984,7 @@ class Front(Loop):
         self.failed = self.children[index]
 
     def on_ending(self):
-        """The set is being ended: the terminal is procrun's again, to say so."""
+        """The set is being ended, or that makes progress: the terminal is procrun's again."""
         self.detach()
 
     def show_last(self):
