@@ -85,6 +85,7 @@ from contextlib import suppress
 from functools import partial
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from signal import SIGCHLD, SIGCONT, SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM, SIGTSTP
+from time import monotonic
 
 if __name__ == "__main__" and signal.getsignal(SIGINT) is signal.default_int_handler:
     signal.signal(SIGINT, signal.SIG_DFL)    # an early Ctrl-C prints no traceback
@@ -467,7 +468,15 @@ def upstart_word(text):
     return "'" + text.replace("\\", "\\\\").replace("'", "'\"'\"'") + "'"
 
 
-UPSTART_JOB = """# {plan.mark}
+def export_upstart(plan, jobs):
+    """Three levels of jobs: app, process type, instance; see init(5) of Upstart.  It alters `exec`
+    and `env` lines, but keeps a script as it is, except for a line `end script`; and it passes a
+    script of several lines through a pipe, not in argv."""
+    for job in jobs:
+        output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
+        script = f"{shell_variables(plan, job)}{output}exec /bin/sh -c {shell_quote(job.text)}"
+        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
+        yield f"{job.id}.conf", 0o600, f"""# {plan.mark}
 description "{plan.app} {job.name}"
 start on starting {plan.app}-{job.type}
 stop on stopping {plan.app}-{job.type}
@@ -475,60 +484,21 @@ respawn
 respawn limit unlimited
 kill timeout {plan.grace}
 setuid {plan.user}
-setgid {group}
-chdir {root}
+setgid {upstart_word(plan.group or plan.user)}
+chdir {upstart_word(plan.root)}
 script
 {script}
 end script
 # Upstart respawns without a pause.
 post-stop exec sleep 1
 """
-
-
-def export_upstart(plan, jobs):
-    """Three levels of jobs: app, process type, instance; see init(5) of Upstart.  It alters `exec`
-    and `env` lines, but keeps a script as it is, except for a line `end script`; and it passes a
-    script of several lines through a pipe, not in argv."""
-    group, root = upstart_word(plan.group or plan.user), upstart_word(plan.root)
-    for job in jobs:
-        output = f"exec >>{shell_quote(job.log)} 2>&1\n" if job.log else ""
-        script = f"{shell_variables(plan, job)}{output}exec /bin/sh -c {shell_quote(job.text)}"
-        script = re.sub(r"(?m)^([ \t]*end)(?=[ \t]+script)", r"\1''", script)
-        yield f"{job.id}.conf", 0o600, UPSTART_JOB.format(
-            plan=plan, job=job, group=group, root=root, script=script)
     for name in dict.fromkeys(job.type for job in jobs):
         yield f"{plan.app}-{name}.conf", 0o644, (
-            "# {0.mark}\nstart on starting {0.app}\nstop on stopping {0.app}\n".format(plan))
+            f"# {plan.mark}\nstart on starting {plan.app}\nstop on stopping {plan.app}\n")
     yield f"{plan.app}.conf", 0o644, (
         f"# {plan.mark}\nstart on runlevel [2345]\nstop on runlevel [!2345]\n")
 
 
-SYSTEMD_SERVICE = """# {plan.mark}
-[Unit]
-Description={plan.app} {job.name}
-PartOf={plan.app}-{job.type}.target
-After=network.target {plan.app}-{job.type}.target
-StartLimitIntervalSec=0
-
-[Service]
-{user}WorkingDirectory={plan.root}
-EnvironmentFile={plan.location}/{plan.app}.env
-Environment=PORT={job.port} PS={job.name}
-ExecStart=/bin/sh -c {start}
-# First the leader; what is left then gets SIGTERM, the same time again, and SIGKILL.
-ExecStop=/bin/sh -c {stop}
-Restart=always
-RestartSec=1
-TimeoutStopSec={plan.grace}
-SuccessExitStatus=143
-SyslogIdentifier={job.id}
-{log}"""
-SYSTEMD_TARGET = """# {plan.mark}
-[Unit]
-Description={name}
-Wants={wants}
-{more}
-"""
 # The PATH is the app's; MAINPID is empty if the leader ended by itself.
 SYSTEMD_STOP = ('exec 2>/dev/null; PATH=/bin:/usr/bin:$PATH; pid=$MAINPID; [ "$pid" ] || exit 0; '
                 "%s; while kill -0 $pid; do sleep 0.1; done")
@@ -539,6 +509,42 @@ def systemd_word(text):
     return '"%s"' % re.sub(r'(["\\])', r"\\\1", text).replace("%", "%%").replace("$", "$$")
 
 
+def systemd_service(plan, job):
+    """Return the text of an instance's service."""
+    user = "" if plan.user_units else f"User={plan.user}\n"
+    log = f"StandardOutput=append:{job.log}\nStandardError=inherit\n" if job.log else ""
+    return f"""# {plan.mark}
+[Unit]
+Description={plan.app} {job.name}
+PartOf={plan.app}-{job.type}.target
+After=network.target {plan.app}-{job.type}.target
+StartLimitIntervalSec=0
+
+[Service]
+{user}WorkingDirectory={plan.root}
+EnvironmentFile={plan.location}/{plan.app}.env
+Environment=PORT={job.port} PS={job.name}
+ExecStart=/bin/sh -c {systemd_word(job.text)}
+# First the leader; what is left then gets SIGTERM, the same time again, and SIGKILL.
+ExecStop=/bin/sh -c {systemd_word(SYSTEMD_STOP % stop_leader(job.text))}
+Restart=always
+RestartSec=1
+TimeoutStopSec={plan.grace}
+SuccessExitStatus=143
+SyslogIdentifier={job.id}
+{log}"""
+
+
+def systemd_target(plan, name, wants, more):
+    """Return the text of a target that wants other units, and has `more` lines."""
+    return f"""# {plan.mark}
+[Unit]
+Description={name}
+Wants={" ".join(wants)}
+{more}
+"""
+
+
 def export_systemd(plan, jobs):
     """A service for each instance, a target for each process type, a target for the app, and an
     environment file (for its quoting see systemd.exec(5)), because Environment= shows its values
@@ -546,21 +552,16 @@ def export_systemd(plan, jobs):
     lines = ['%s="%s"\n' % (name, re.sub(r'(["\\$`])', r"\\\1", value))
              for name, value in plan.variables.items()]
     yield f"{plan.app}.env", 0o600, f"# {plan.mark}\n{''.join(lines)}"
-    user = "" if plan.user_units else f"User={plan.user}\n"
     app, units = f"{plan.app}.target", {}
     for job in jobs:
         units.setdefault(f"{plan.app}-{job.type}", []).append(f"{job.id}.service")
-        log = f"StandardOutput=append:{job.log}\nStandardError=inherit\n" if job.log else ""
-        yield f"{job.id}.service", 0o644, SYSTEMD_SERVICE.format(
-            plan=plan, job=job, user=user, log=log, start=systemd_word(job.text),
-            stop=systemd_word(SYSTEMD_STOP % stop_leader(job.text)))
+        yield f"{job.id}.service", 0o644, systemd_service(plan, job)
     for name, wants in units.items():
-        yield f"{name}.target", 0o644, SYSTEMD_TARGET.format(
-            plan=plan, name=name, wants=" ".join(wants), more=f"PartOf={app}\nAfter={app}")
+        yield f"{name}.target", 0o644, systemd_target(
+            plan, name, wants, f"PartOf={app}\nAfter={app}")
     wanted_by = "default" if plan.user_units else "multi-user"
-    yield app, 0o644, SYSTEMD_TARGET.format(
-        plan=plan, name=plan.app, wants=" ".join(f"{name}.target" for name in units),
-        more=f"\n[Install]\nWantedBy={wanted_by}.target")
+    yield app, 0o644, systemd_target(plan, plan.app, [f"{name}.target" for name in units],
+                                     f"\n[Install]\nWantedBy={wanted_by}.target")
 
 
 def export_launchd(plan, jobs):
@@ -578,7 +579,24 @@ def export_launchd(plan, jobs):
         yield f"{job.id}.plist", 0o600, plistlib.dumps(keys).decode().replace("<plist", comment, 1)
 
 
-SUPERVISORD_PROGRAM = """
+SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
+
+
+def export_supervisord(plan, jobs):
+    r"""A program for each instance, and a group; see supervisord.org, "Configuration File".  It
+    restarts without a pause, or with growing ones and only so often; so the shell pauses.  Its
+    `environment` cannot hold newlines and some quotes; so one variable holds all, where any but
+    plain characters are \0ooo for `printf %b`."""
+    text = f"; {plan.mark}\n"
+    for job in jobs:
+        escaped = re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
+                         shell_variables(plan, job).encode())
+        environment = exportable(f"the whole environment of {job.name}", escaped)
+        log = f"stdout_logfile={job.log}\n" if job.log else ""
+        # There, % begins an expansion, and a ; or # behind a blank a comment.
+        word = shell_quote(SUPERVISORD_START + job.text).replace("%", "%%")
+        word = re.sub(r"(\s)(?=[;#])", r"\1''", word)
+        text += f"""
 [program:{job.id}]
 command=/bin/sh -c {word}
 directory={plan.root}
@@ -593,25 +611,6 @@ stopasgroup=true
 killasgroup=true
 redirect_stderr=true
 {log}"""
-SUPERVISORD_START = 'sleep 1; eval "$(printf %b "$PROCRUN")"; unset PROCRUN; '
-
-
-def export_supervisord(plan, jobs):
-    r"""A program for each instance, and a group; see supervisord.org, "Configuration File".  It
-    restarts without a pause, or with growing ones and only so often; so the shell pauses.  Its
-    `environment` cannot hold newlines and some quotes; so one variable holds all, where any but
-    plain characters are \0ooo for `printf %b`."""
-    text = f"; {plan.mark}\n"
-    for job in jobs:
-        escaped = re.sub(rb"[^\w ./:,=@+-]", lambda match: b"\\0%03o" % ord(match[0]),
-                         shell_variables(plan, job).encode())
-        log = f"stdout_logfile={job.log}\n" if job.log else ""
-        # There, % begins an expansion, and a ; or # behind a blank a comment.
-        word = shell_quote(SUPERVISORD_START + job.text).replace("%", "%%")
-        word = re.sub(r"(\s)(?=[;#])", r"\1''", word)
-        text += SUPERVISORD_PROGRAM.format(
-            plan=plan, job=job, word=word, log=log,
-            environment=exportable(f"the whole environment of {job.name}", escaped))
     programs = ",".join(job.id for job in jobs)
     yield f"{plan.app}.conf", 0o600, f"{text}\n[group:{plan.app}]\nprograms={programs}\n"
 
@@ -1099,16 +1098,16 @@ class Loop:
         """Wait until something is ready or due, and call the function for it."""
         timeout = None
         if self.timers:
-            timeout = max(0, min(self.timers.values()) - time.monotonic())
+            timeout = max(0, min(self.timers.values()) - monotonic())
         dispatch(selector, timeout)
-        now = time.monotonic()
+        now = monotonic()
         for function in [each for each, when in self.timers.items() if when <= now]:
             if self.timers.pop(function, None) is not None:    # unless an earlier one removed it
                 function()
 
     def after(self, seconds, function):
         """Have a function called in so many seconds, instead of when it was due before."""
-        self.timers[function] = time.monotonic() + seconds
+        self.timers[function] = monotonic() + seconds
 
     def receive(self, fd):
         """Read lines `WORD NUMBER ...` and call on_WORD(NUMBER, ...), or say(TEXT) for `say TEXT`;
@@ -1144,7 +1143,7 @@ class Child(Source):
         super().__init__(instance.name, colour, pty)
         self.index, self.instance, self.type = index, instance, instance.type
         self.text = shell_text(instance.command)
-        self.since = time.monotonic()           # when it was forked, or has ended
+        self.since = monotonic()           # when it was forked, or has ended
 
     def open(self, capacity):
         """Open its pipes, the output's with this capacity (bytes); or its PTY, which is to have
@@ -1416,7 +1415,7 @@ class Guard(Loop):
             self.say(f"{signal_name(number)} received, shutting down")
             self.on_end(128 + number)
         elif (number in (SIGINT, SIGTERM) and not self.killing
-              and time.monotonic() > self.since + ONE_REQUEST):
+              and monotonic() > self.since + ONE_REQUEST):
             self.ending = self.kill(self.alive)
             self.advance(self.ending)
 
@@ -1480,7 +1479,7 @@ class Guard(Loop):
         child.pid = child.group = pid
         self.terminated.discard(pid)    # a process of the past may have had this id
         self.stopping.discard(pid)
-        child.since = time.monotonic()
+        child.since = monotonic()
         self.report(f"started {child.index} {pid}")
 
     def reap(self):
@@ -1530,7 +1529,7 @@ class Guard(Loop):
                 self.report(f"failed {child.index}")
             remedy = "" if code else f" (--can-die {child.type} lets it end)"
             self.say(f"{child.name} {how_it_ended(status)} after "
-                     f"{time.monotonic() - child.since:.1f} s, stopping the rest{remedy}")
+                     f"{monotonic() - child.since:.1f} s, stopping the rest{remedy}")
             self.on_end(code)
 
     # -- the end
@@ -1539,7 +1538,7 @@ class Guard(Loop):
         """Begin to end the set, unless that has begun; `status` becomes procrun's exit status."""
         if self.status is not None:
             return
-        self.status, self.since = status, time.monotonic()
+        self.status, self.since = status, monotonic()
         self.report("ending")
         self.to_fork.clear()
         self.after(0, self.reap)    # it may be that nothing is left
@@ -1859,7 +1858,7 @@ class Front(Loop):
         try:
             moved = self.sink.write(self.queue)
             if moved and self.reports is None and self.on_limit in self.timers:
-                self.set_limit(self.options.grace)
+                self.set_limit()
         except OSError as error:
             self.on_lost(error)
 
@@ -1948,12 +1947,12 @@ class Front(Loop):
         if not self.receive(self.reports):
             self.on_guard_gone()
         elif self.on_limit in self.timers:
-            self.set_limit(self.options.grace + 1)
+            self.set_limit()
 
     def on_started(self, index, pid):
         """An instance was started; from now on its output is read."""
         child = self.children[index]
-        child.pid, child.since, child.last, child.screen = pid, time.monotonic(), b"", {}
+        child.pid, child.since, child.last, child.screen = pid, monotonic(), b"", {}
         self.say(f"started with pid {pid}, PORT={child.instance.port}", child)
         self.watch_output(child)
         if child.instance in self.attach_first:
@@ -1971,7 +1970,7 @@ class Front(Loop):
         self.drain(child)
         if child is self.attached:
             self.detach()
-        child.pid, child.since, child.ended = None, time.monotonic(), how_it_ended(status)
+        child.pid, child.since, child.ended = None, monotonic(), how_it_ended(status)
         self.say(child.ended, child)
 
     def on_gone(self, index):
@@ -2038,7 +2037,7 @@ class Front(Loop):
         self.show_last()
         self.timers.clear()
         if self.signalled:
-            self.set_limit(self.options.grace)
+            self.set_limit()
 
     # -- orders and limits
 
@@ -2049,10 +2048,11 @@ class Front(Loop):
             os.write(self.orders, f"{word} {number:d}\n".encode())
             os.kill(self.guard, SIGCONT)
 
-    def set_limit(self, seconds):
-        """Wait at most so long for the guard's next report; or, when the guard has ended,
-        for stdout to take anything."""
-        self.after(max(seconds, GIVE_UP), self.on_limit)
+    def set_limit(self):
+        """Wait for the guard's next report, at most the grace period and a second more; or, when
+        the guard has ended, at most the grace period for stdout to take anything."""
+        seconds = max(self.options.grace, GIVE_UP)
+        self.after(seconds if self.reports is None else seconds + 1, self.on_limit)
 
     def on_limit(self):
         """Give up waiting."""
@@ -2088,13 +2088,13 @@ class Front(Loop):
     def on_ending_signal(self, number):
         """Pass an ending signal on to the guard.  When the guard has ended, procrun waits for
         stdout alone, and a second signal ends that."""
-        now = time.monotonic()
+        now = monotonic()
         if self.reports is None and self.signalled and now > self.signalled + ONE_REQUEST:
             return self.on_limit()
         self.signalled = self.signalled or now
         self.order("signal", number)
         if self.on_limit not in self.timers:
-            self.set_limit(self.options.grace + 1)
+            self.set_limit()
 
     def reap(self):
         """Reap what has ended: the guard, and as process 1 of a container others' orphans.  Wake
@@ -2163,7 +2163,7 @@ class Front(Loop):
 
     def state(self, child):
         """Return the line of ps for an instance."""
-        minutes, seconds = divmod(int(time.monotonic() - child.since), 60)
+        minutes, seconds = divmod(int(monotonic() - child.since), 60)
         state = f"{child.ended}, {minutes}:{seconds:02} ago"
         if child.pid:
             state = f"pid {child.pid}, running for {minutes}:{seconds:02}"
