@@ -667,7 +667,8 @@ def export_runit(plan, jobs):
 KUBERNETES_HEAD = """{"metadata": {"annotations": {
     "procrun/made-by": "%(mark)s"},
   "labels": {"app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s",
-    "app.kubernetes.io/managed-by": "procrun"}, "name": "%(app)s-%(part)s"},
+    "app.kubernetes.io/managed-by": "procrun"},
+  "name": "%(app)s-%(part)s"},
 """
 KUBERNETES_SECRET = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Secret",
 "data": %(data)s}
@@ -680,13 +681,17 @@ KUBERNETES_DEPLOYMENT = KUBERNETES_HEAD + """"apiVersion": "apps/v1", "kind": "D
   "selector": {"matchLabels": {
     "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}},
   "template": {
-    "metadata": {"annotations": {"procrun/environment": "%(digest)s"}, "labels": {
-      "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}},
+    "metadata": {
+      "annotations": {"procrun/environment": "%(digest)s"},
+      "labels": {
+        "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}},
     "spec": {
       "terminationGracePeriodSeconds": %(grace)d,
-      "shareProcessNamespace": true, "enableServiceLinks": false,
+      "shareProcessNamespace": true,
+      "enableServiceLinks": false,
       "containers": [{
-        "name": "%(part)s", "image": "%(image)s", %(directory)s
+        "name": "%(part)s",
+        "image": "%(image)s", %(directory)s
         "command": ["/bin/sh", "-c", %(word)s],
         "env": [
           {"name": "PORT", "value": "%(port)d"},
@@ -700,7 +705,8 @@ KUBERNETES_PORTS = """,
 KUBERNETES_SERVICE = KUBERNETES_HEAD + """"apiVersion": "v1", "kind": "Service",
 "spec": {
   "ports": [{"port": 80, "targetPort": "http"}],
-  "selector": {"app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}}}"""
+  "selector": {
+    "app.kubernetes.io/name": "%(app)s", "app.kubernetes.io/component": "%(part)s"}}}"""
 
 
 def kubernetes_names(plan):
