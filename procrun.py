@@ -928,7 +928,7 @@ class Printer:
         if source.pty:
             data = data.replace(b"\r\n", b"\n")
             if self.style.filter is TERMINAL:    # so many only push the screen away, as vite does
-                data = re.sub(rb"\n\n{9,}", b"\n", data)
+                data = re.sub(rb"\n(\r*\n){9,}", b"\n", data)
         if not self.style.filter:
             return data
         text = re.sub(self.style.filter, partial(self.answer, source), data.decode(*UTF8))
@@ -1141,6 +1141,7 @@ class Child(Source):
     read_size = LITTLE       # bytes
     group = None             # the guard's: its group, until all of that is gone
     asked = None             # the guard's: "stop" or "restart"
+    holder = None            # the guard's: the process that leads the session of its PTY
     show_line = None         # the front's: shows its unfinished line
     last = b""               # the front's: what it has written last
     screen = None            # the front's: the modes of the terminal that it has set (see MODES)
@@ -1201,14 +1202,36 @@ def child_environment(variables):
     return {b"PYTHONUNBUFFERED": b"1", **inherited, **variables}
 
 
-def exec_child(options, child):
-    """Become the child's command, in the forked process.  Never returns; if it fails, it writes
-    the reason to the child's output."""
+def hold_session(child, tell, life):
+    """Stay as the leader of a PTY's session, until the guard ends: the pipe `life`.  What returns
+    is another process, in a group of its own, which the guard adopts; its id goes to the fd `tell`.
+
+    When the leader of a session ends, the kernel hangs up what is left in the foreground, such as
+    a server that npm has just told to end.
+    """
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        os.close(tell)
+        os.close(life[1])
+        os.read(life[0], 1)
+        os._exit(0)
+    if os.fork():
+        os._exit(0)
+    os.setpgid(0, 0)
+    os.tcsetpgrp(child.output, os.getpid())
+    os.write(tell, b"%d" % os.getpid())
+
+
+def exec_child(options, child, hold=no_action):
+    """Become the child's command, in the forked process; `hold` is called for a PTY.  Never
+    returns; if it fails, it writes the reason to the child's output."""
     try:
         signal.set_wakeup_fd(-1)    # the guard's, whose number may be stdout's below
         os.setsid()
         if child.pty:
             fcntl.ioctl(child.output, termios.TIOCSCTTY, 0)
+            hold()
             options.environment.setdefault(b"TERM", b"dumb")
         for fd, given in enumerate((child.stdin, child.output, child.output)):
             os.dup2(given, fd)
@@ -1337,6 +1360,7 @@ class Guard(Loop):
         self.running = {}              # group id -> Child, until the whole group is gone
         self.terminated = set()        # process ids that got SIGTERM
         self.stopping = set()          # groups that a typed command ends
+        self.holders = set()           # process ids of those that lead the sessions of PTYs
         self.strays = []               # names of what had left its group and got SIGTERM
 
     def fork(self):
@@ -1374,6 +1398,7 @@ class Guard(Loop):
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
         self.signals = catch_signals({SIGCHLD}, STANDARD - {SIGCHLD})
+        self.life = os.pipe()    # its writing end stays open in the guard alone
         selector = DefaultSelector()
         selector.register(orders, EVENT_READ, partial(self.on_orders, orders, selector))
         selector.register(self.signals, EVENT_READ, self.reap)
@@ -1466,6 +1491,33 @@ class Guard(Loop):
             self.to_fork.append(child)
             self.after(0, self.spawn)
 
+    def fork_child(self, child):
+        """Fork a child; return its process id.  Raises OSError."""
+        if not (child.pty and self.adopts):
+            pid = os.fork()
+            if not pid:
+                exec_child(self.options, child)
+            return pid
+        reading, writing = os.pipe()
+        child.holder = os.fork()
+        if not child.holder:
+            exec_child(self.options, child, partial(hold_session, child, writing, self.life))
+        self.holders.add(child.holder)
+        os.close(writing)
+        told = os.read(reading, 20)
+        os.close(reading)
+        if not told:
+            self.release(child)
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return int(told)
+
+    def release(self, child):
+        """End the process that leads the session of a PTY, if there is one."""
+        if child.holder in self.holders:
+            self.holders.remove(child.holder)
+            os.kill(child.holder, SIGKILL)
+            os.waitpid(child.holder, 0)
+
     def spawn(self):
         """Fork the next child; the others follow after a look at what has happened meanwhile."""
         if self.paused or not self.to_fork:
@@ -1475,9 +1527,7 @@ class Guard(Loop):
         self.options.environment.update(child.instance.variables)
         child.reset_input()
         try:
-            pid = os.fork()
-            if not pid:
-                exec_child(self.options, child)
+            pid = self.fork_child(child)
         except OSError as error:
             self.say(f"{child.name}: cannot start: {error.strerror}")
             return self.on_end(1)
@@ -1495,6 +1545,7 @@ class Guard(Loop):
         try:
             for pid, status in iter(peek, None):
                 self.progress = True
+                self.holders.discard(pid)
                 if pid in self.running:
                     self.on_leader_ended(self.running[pid], status)
                 if hasattr(os, "waitid"):
@@ -1506,6 +1557,7 @@ class Guard(Loop):
             if not send_signal(-group, 0):
                 child = self.running.pop(group)
                 child.group = None
+                self.release(child)
                 if child.asked == "restart":
                     self.report(f"gone {child.index}")
         self.pursue()
@@ -1594,11 +1646,15 @@ class Guard(Loop):
 
     # -- groups: {group: process ids of members}
 
+    def adopted(self):
+        """Return the process ids of the guard's children, but of those that hold a session."""
+        return set(children_of(os.getpid())) - self.holders
+
     def alive(self, among=None):
         """Return the groups that are left, all or those that are `among` some."""
         groups = {group: [group] for group in self.running}
         if self.adopts:
-            groups.update(groups_below(children_of(os.getpid())))
+            groups.update(groups_below(self.adopted()))
         return {group: groups[group] for group in groups if among is None or group in among}
 
     def pursue(self):
@@ -1607,7 +1663,7 @@ class Guard(Loop):
         leaders = {group for group, child in self.running.items() if child.pid}
         left = {group: [group] for group in self.running if group not in leaders}
         if self.adopts and (left or self.stopping or self.status is not None):
-            left = groups_below(set(children_of(os.getpid())) - leaders)
+            left = groups_below(self.adopted() - leaders)
         for group, pids in left.items():
             if self.killing:
                 self.signal(group, SIGKILL)

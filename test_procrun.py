@@ -2849,12 +2849,14 @@ PART = "sh -c 'trap \"echo %s >&2; exit\" TERM; echo up >&2; " + LOOP + "'"
     ("%s | %s" % (PART % "left", PART % "right"), "", [b"left", b"right"]),
     ("PROGRAM 2>&1 | cat", "", PREFORKED),
     ("(%s) & exec sleep 300" % SAVING, "", [b"saved"]),
+    ("(%s) & exec sleep 300" % SAVING, "--pty", [b"saved"]),    # as npm
+    ("sh run.sh", "--pty", PREFORKED),
     ("trap '' HUP; (setsid sh -c '%s' &) ; exec sleep 300" % SAVING.replace("'", '"'), "",
      [b"saved"]),
     ("setsid --wait sh -c '%s'" % SAVING.replace("'", '"'), "", [b"saved"]),
     ("trap 'exec %s -S save.py' TERM; echo up; %s" % (PYTHON, LOOP), "", [b"saved"]),
-], ids="exec cd cd-exec assignment cd-pty list-pty script session pipeline tee leader-gone daemon setsid "
-       "trap-that-execs".split())
+], ids="exec cd cd-exec assignment cd-pty list-pty script session pipeline tee leader-gone "
+       "leader-gone-pty script-pty daemon setsid trap-that-execs".split())
 def test_the_program_is_asked_first_and_then_what_it_leaves(tmp_path, command, args, expected):
     tmp_path.joinpath("prefork.py").write_text(PREFORK)
     tmp_path.joinpath("save.py").write_text("import time; time.sleep(0.5); print('saved')\n")
