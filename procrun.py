@@ -815,7 +815,7 @@ TERMINAL = r"""(?xs)
     | (?P<colour> \x1b\[ [0-9;:]{0,99} m )
     | (?P<start> \r (?![\r\n]|\Z) | \x1b\[ 0{0,9} 1? G | \x1b\[ [12] (?P<erase> K ) )
     | \x1b\[ 0{0,9} (?P<column> [1-9] [0-9]{0,3} ) G
-    | (?P<back> \x08 )
+    | (?P<back> \x08 | \x1b\[ 0{0,9} (?P<columns> [1-9] [0-9]{0,3} )? D )
       # What lacks its end at \Z may get it with the next read.
     | (?P<sequence> (?: \r | [\udcc2-\udcf4] [\udc80-\udcbf]{0,2} ) \Z
         | (?: \x1b[PX\]^_] | [\x90\x98\x9d-\x9f] )                         # DCS SOS OSC PM APC
@@ -958,8 +958,8 @@ class Printer:
         elif kind == "column":
             source.column = 0
             found = f"\x1b[{self.margin + int(match['column'])}G"
-        elif kind == "back" and source.column:
-            source.column -= 1
+        elif kind == "back" and source.column >= int(match["columns"] or 1):
+            source.column -= int(match["columns"] or 1)
         elif kind != "kept":
             if kind == "sequence" and match.end() == len(match.string):
                 source.tail += found.encode(*UTF8)    # its rest may come

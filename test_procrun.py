@@ -1800,7 +1800,8 @@ class Played:
 
     KNOWN = re.compile(
         "(?P<put>[^\0-\x1f\x7f-\x9f\udc80-\udc9f])|(?P<newline>\n)|(?P<start>\r)|(?P<back>\b)"
-        r"|(?P<tab>\t)|\x1b\[0?(?P<erase>K)|\x1b\[(?P<column>\d+)G|(?P<colour>\x1b\[[\d;:]*m)")
+        r"|(?P<tab>\t)|\x1b\[0?(?P<erase>K)|\x1b\[(?P<column>\d+)G|\x1b\[(?P<left>\d*)D"
+        r"|(?P<colour>\x1b\[[\d;:]*m)")
 
     def __init__(self, output):
         text, place, sgr = output.decode("utf-8", "surrogateescape"), 0, ""
@@ -1822,8 +1823,8 @@ class Played:
                 at = 0
             elif kind == "start":
                 at = 0
-            elif kind == "back":
-                at = max(0, min(at, 79) - 1)
+            elif kind in ("back", "left"):
+                at = max(0, min(at, 79) - max(1, int(token["left"] or 1)))
             elif kind == "tab":
                 at = min(79, at // 8 * 8 + 8)
             elif kind == "erase":
@@ -1909,6 +1910,7 @@ P = b"\33[36ma | \33[0m"
     (b"x\33[010G-", b"x\33[14G-"), (b"x\33[9999G-", b"x\33[10003G-"), (b"xy\b\b\b\b-", b"xy\b\b-"),
     (b"\33[999G\b\b-", b"\33[1003G-"),
     (b"\bx", b"x"), (b"xy\r\b-", b"xy\r" + P + b"-"), (b"x\t\b\b-", b"x\t\b-"),
+    (b"> \33[2D> \33[D\33[0Dx", b"> \33[2D> \33[D\33[0Dx"), (b"x\33[2D-", b"x-"),    # IPython
     (b"e\xcc\x81\b\b-", b"e\xcc\x81\b-"), (b"\xe2\xa0\x8b\b\b-", b"\xe2\xa0\x8b\b-"),
 ])
 def test_the_start_of_a_line_is_behind_its_prefix(data, line):
@@ -1956,6 +1958,8 @@ def test_newlines_that_push_the_screen_away():
     data = b"\r\n" * 23 + b"\33[1;1H\33[0Jready\r\n"    # as vite does on a screen of 24 rows
     assert printed(b"x\r\n" + data, crlf=True) == P + b"x\n" + P + b"ready\n"
     assert printed(b"x\r\n", data, crlf=True) == P + b"x\n" + P + b"\n" + P + b"ready\n"
+    assert printed(b"x\r\n" + b"\r\r\n" * 23 + b"> ", crlf=True, show=True) == (    # as IPython
+        P + b"x\n" + P + b"> \n")
     assert printed(b"x" + b"\r\n" * 9, crlf=True) == P + b"x\n" + (P + b"\n") * 8
     assert printed(b"x" + b"\n" * 23) == P + b"x\n" + (P + b"\n") * 22
 
