@@ -52,8 +52,8 @@ executed.
 # - kill -9 of procrun runs no code of procrun.  So the guard decides alone, and the end of its
 #   orders is one more order: the front is gone, end the set.  The front only shows.  It does not
 #   trust the guard to be alive: every wait has a limit.
-# - A child leads a session and a group of its own.  The terminal's Ctrl-C does not reach it, so it
-#   gets one signal, the one that the guard sends.
+# - A child leads a group of its own, in another session than procrun's.  The terminal's Ctrl-C does
+#   not reach it, so it gets one signal, the one that the guard sends.
 # - First the program, then what it leaves: SIGTERM goes to the leader alone (and to what a shell
 #   runs that waits for it), and to what is left of its group when that has lost its parent.
 #   Servers tell their own workers; a signal sent behind their back costs work.
@@ -1203,19 +1203,18 @@ def child_environment(variables):
 
 
 def hold_session(child, tell, life):
-    """Stay as the leader of a PTY's session, until the guard ends: the pipe `life`.  What returns
-    is another process, in a group of its own, which the guard adopts; its id goes to the fd `tell`.
+    """Split a forked process that leads the session of a PTY: it stays, as a shell that waits for
+    the end of the pipe `life`; another one returns, in a group of its own, which the guard adopts.
+    Its process id is written to the pipe `tell`.
 
-    When the leader of a session ends, the kernel hangs up what is left in the foreground, such as
+    For when the leader of a session ends, the kernel hangs up what is in the foreground, such as
     a server that npm has just told to end.
     """
     between = os.fork()
     if between:
         os.waitpid(between, 0)
-        os.close(tell)
-        os.close(life[1])
-        os.read(life[0], 1)
-        os._exit(0)
+        os.dup2(life, 0)
+        os.execv("/bin/sh", ["sh", "-c", "read -r nothing"])
     if os.fork():
         os._exit(0)
     os.setpgid(0, 0)
@@ -1398,7 +1397,7 @@ class Guard(Loop):
         self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
         self.signals = catch_signals({SIGCHLD}, STANDARD - {SIGCHLD})
-        self.life = os.pipe()    # its writing end stays open in the guard alone
+        self.life = os.pipe()[0]    # nobody writes to it; its end is that of the guard
         selector = DefaultSelector()
         selector.register(orders, EVENT_READ, partial(self.on_orders, orders, selector))
         selector.register(self.signals, EVENT_READ, self.reap)
