@@ -52,8 +52,8 @@ executed.
 # - kill -9 of procrun runs no code of procrun.  So the guard decides alone, and the end of its
 #   orders is one more order: the front is gone, end the set.  The front only shows.  It does not
 #   trust the guard to be alive: every wait has a limit.
-# - A child leads a group of its own, in another session than procrun's.  The terminal's Ctrl-C does
-#   not reach it, so it gets one signal, the one that the guard sends.
+# - A child leads a group of its own, outside procrun's session.  The terminal's Ctrl-C does not
+#   reach it, so it gets one signal, the one that the guard sends.
 # - First the program, then what it leaves: SIGTERM goes to the leader alone (and to what a shell
 #   runs that waits for it), and to what is left of its group when that has lost its parent.
 #   Servers tell their own workers; a signal sent behind their back costs work.
@@ -857,11 +857,9 @@ class Source:
 
 
 class Printer:
-    """Turns what processes write into lines behind prefixes, in `queue` (buffers, in order).
-
-    A line of the output begins with a prefix and only its own process adds to it; an unfinished
-    line is kept back until show() or until it is CHUNK long; it is ended when another one writes.
-    """
+    """Turns what processes write into lines behind prefixes, in `queue` (buffers, in order).  Only
+    its own process adds to a line; an unfinished one is kept back until show(), or until it is
+    CHUNK long, and ended when another process writes."""
 
     def __init__(self, style, clock):
         self.style, self.clock = style, clock
@@ -892,11 +890,8 @@ class Printer:
         return end + self.prefix(source) + source.sgr.encode()
 
     def feed(self, source, data):
-        """Take bytes of a source: its whole lines are queued, the rest is kept.
-
-        This is the hot path.  It handles chunks, not lines: one replace() inserts all prefixes;
-        the superfluous one at the end is cut off by a view, not by a copy.
-        """
+        """Take bytes of a source: its whole lines are queued, the rest is kept.  This is the hot
+        path: one replace() inserts all prefixes, and a view, not a copy, cuts off the last one."""
         end = data.rfind(b"\n") + 1
         if end:
             lead, tail, rest = self.lead(source), source.tail, bytearray(data[end:])
@@ -912,10 +907,8 @@ class Printer:
             self.show(source)
 
     def show(self, source):
-        """Queue the unfinished line of a source; it stays open for the source to go on with.
-
-        Where there is a filter, a sequence that has no end yet stays in the source's tail.
-        """
+        """Queue the unfinished line of a source; it stays open for the source to go on with.  With
+        a filter, a sequence that has no end yet stays in the source's tail."""
         lead, tail = self.lead(source), source.tail
         source.tail = bytearray()
         text = self.filtered(source, tail)
@@ -979,8 +972,7 @@ class Printer:
 # File descriptors: kernel -> bytes ---------------------------------------------------------------
 
 def safe_size(fd):
-    """How many bytes do not block if an fd is ready: PIPE_BUF of POSIX; but a terminal promises no
-    more than one."""
+    """How many bytes do not block if an fd is ready: PIPE_BUF of POSIX; on a terminal, one."""
     return 1 if os.isatty(fd) else 512
 
 
@@ -992,8 +984,7 @@ def write_ready(fd, data, seconds=None):
 
 
 def print_error(*lines):
-    """Write lines to stderr, each behind "procrun: "; a closed stderr is no reason to fail, and a
-    stalled one none to hang."""
+    """Write lines to stderr, each behind "procrun: "; if it is closed or stalled, drop them."""
     text = "".join(f"procrun: {line}\n" for line in lines)
     with suppress(OSError):
         write_ready(2, text.encode("utf-8", "backslashreplace"), 0)
@@ -1008,8 +999,7 @@ def print_out(text):
 
 
 def open_fds():
-    """The numbers of the open file descriptors, as a list (one may be closed by now);
-    raises Failure."""
+    """The open file descriptors, as a list (one may be closed by now); raises Failure."""
     try:
         numbers = list(map(int, os.listdir("/dev/fd")))
         if max(numbers) < 3:    # FreeBSD lists no others; what procrun opened has the lowest ones
@@ -1070,17 +1060,9 @@ def catch_signals(numbers, blocked=()):
     return fd
 
 
-def signal_name(number):
-    """Return a signal's name, such as SIGTERM; real-time signals have only a number."""
-    with suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
-
-
 def send_signal(target, number):
-    """Send a signal to a process, or to the group -target, as kill(2) does; return whether it was
-    sent.  The target may be gone, or be another user's (sudo); and for a group of zombies macOS
-    says EPERM."""
+    """Send a signal to a process, or to the group -target; return whether it was sent: the target
+    may be gone, or another user's (sudo); and for a group of zombies macOS says EPERM."""
     with suppress(ProcessLookupError, PermissionError):
         os.kill(target, number)
         return True
@@ -1132,10 +1114,8 @@ class Loop:
 # Child: one instance, forked ---------------------------------------------------------------------
 
 class Child(Source):
-    """One instance and its state; the front and the guard have a copy each.
-
-    Its output goes through a pipe, and it reads another one; or both are a PTY.
-    """
+    """One instance and its state; the front and the guard have a copy each.  Its output goes
+    through a pipe, and it reads another one; or both are a PTY."""
     pid = None               # of its leader, while that lives
     ended = "queued to start"    # in words, while .pid is None
     read_size = LITTLE       # bytes
@@ -1153,8 +1133,8 @@ class Child(Source):
         self.since = monotonic()           # when it was forked, or has ended
 
     def open(self, capacity):
-        """Open its pipes, the output's with this capacity (bytes); or its PTY, which is to have
-        the modes of the user's terminal, such as the erase character."""
+        """Open its pipes, the output's with this capacity (bytes); or its PTY, with the modes of
+        the user's terminal, such as the erase character."""
         if self.pty:
             self.fd, self.output = os.openpty()
             self.stdin, self.input = self.output, os.dup(self.fd)
@@ -1185,7 +1165,9 @@ def how_it_ended(status):
     """Describe an exit status; -N means signal N, as in subprocess."""
     if status >= 0:
         return f"exited with code {status}"
-    return f"terminated by {signal_name(-status)}"
+    with suppress(ValueError):
+        return f"terminated by {signal.Signals(-status).name}"
+    return f"terminated by signal {-status}"    # a real-time one has no name
 
 
 Options = namedtuple("Options", "root environment limits grace patience can_die keep_going quiet")
@@ -1272,8 +1254,7 @@ def children_of(pid):
 
 
 def stdin_pipe(pid):
-    """Return the name of the pipe that a process has as its stdin (proc(5)); empty if it is none,
-    or where the system does not tell."""
+    """Return the name of the pipe that a process has as its stdin (proc(5)), or ""."""
     with suppress(OSError):
         name = os.readlink(f"/proc/{pid}/fd/0")
         return name if name.startswith("pipe:") else ""
@@ -1281,11 +1262,8 @@ def stdin_pipe(pid):
 
 
 def groups_below(pids):
-    """Return {group: process ids} of these processes and all their descendants.
-
-    Any of them may end meanwhile.  But its id is not given to another process within the
-    microseconds until it is signalled, because the kernel gives out all other ids first.
-    """
+    """Return {group: process ids} of these processes and all their descendants.  Any of them may
+    end meanwhile; but before the kernel gives out its id again, it gives out all others."""
     groups, pids = {}, list(pids)
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -1317,10 +1295,8 @@ def is_shell(pid):
 
 
 def peek():
-    """Return (pid, status) of a dead child that is not reaped yet, or None.
-
-    Raises ChildProcessError if there is no child at all.
-    """
+    """Return (pid, status) of a dead child that is not reaped yet, or None; raises
+    ChildProcessError if there is no child at all."""
     if not hasattr(os, "waitid"):    # macOS before Python 3.13: reaped here already
         pid, status = os.waitpid(-1, os.WNOHANG)
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
@@ -1384,9 +1360,8 @@ class Guard(Loop):
         return pid, order, report
 
     def run(self, orders):
-        """Be the guard, in the forked process.  It has a session of its own and blocks all signals
-        but SIGCHLD, so neither Ctrl-C nor a closed terminal reaches it; and it keeps nothing open
-        whose closing others wait for."""
+        """Be the guard, in the forked process.  Neither Ctrl-C nor a closed terminal reaches it,
+        and it keeps nothing open whose closing others wait for."""
         os.setsid()
         os.chdir("/")
         keep = {orders, self.reports}
@@ -1442,7 +1417,7 @@ class Guard(Loop):
         if number not in ENDING:
             self.pass_on(number)
         elif self.status is None:
-            self.say(f"{signal_name(number)} received, shutting down")
+            self.say(f"{signal.Signals(number).name} received, shutting down")
             self.on_end(128 + number)
         elif (number in (SIGINT, SIGTERM) and not self.killing
               and monotonic() > self.since + ONE_REQUEST):
@@ -1698,11 +1673,9 @@ class Guard(Loop):
                 self.signal(group, SIGCONT)    # or a stopped one would not act on it
 
     def terminate_leader(self, child, leader):
-        """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs.
-
-        While it is one, more looks follow: dash notes a signal, and then an `exec` forgets it, or
-        a program that was just started is waited for.
-        """
+        """Send SIGTERM to a leader and, if it is a shell that waits, to what this runs.  While it
+        is one, more looks follow: dash notes a signal, and then an `exec` forgets it, or a program
+        that was just started is waited for."""
         if child.pid != leader:
             return
         if not (child.text.startswith(TRAP) and is_shell(leader)):
@@ -1722,11 +1695,9 @@ class Guard(Loop):
             self.terminated |= runs
 
     def send_sigterm(self, target, pid):
-        """Send SIGTERM to a process, or to its group (see send_signal()).
-
-        A shell's fork still has our trap until it has become a program: dash would note the
-        signal and then forget it.  So what may be such a fork is given some time.
-        """
+        """Send SIGTERM to a process, or to its group (see send_signal()).  What may be a shell's
+        fork, which has our trap until it becomes a program, is given some time: dash would note
+        the signal and then forget it."""
         if TRAP in read_proc(pid, "cmdline"):
             self.after(SETTLING, partial(send_signal, target, SIGTERM))
         else:
@@ -1760,8 +1731,8 @@ class Sink:
             self.most = safe_size(fd)
 
     def write(self, queue):
-        """Write as much of the queue (a list of buffers) as the stream takes, and remove that from
-        the queue; return whether anything was written.  Raises OSError."""
+        """Write as much of the queue (a list of buffers) as the stream takes, and remove that;
+        return whether anything was written.  Raises OSError."""
         moved = self.full = False
         try:
             while queue:
@@ -1815,8 +1786,7 @@ class Terminal:
         return False
 
     def restore(self):
-        """Restore its modes and screen from the guard, when the front was killed; unless it is
-        gone or another user's."""
+        """Restore its modes and screen from the guard, when the front was killed."""
         with suppress(OSError, termios.error):
             fd = os.open(self.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
             termios.tcsetattr(fd, termios.TCSANOW, self.modes)
@@ -2080,10 +2050,8 @@ class Front(Loop):
         self.status = status
 
     def on_guard_gone(self):
-        """The guard has ended, and with it the set; or it was killed, which ends the set.
-
-        The pipes at their end stay watched: from now on run() waits for stdout alone.
-        """
+        """The guard has ended, and with it the set; or it was killed, which ends the set.  From
+        now on run() waits for stdout alone."""
         self.always.unregister(self.reports)
         self.reports = None
         if self.status is None:
@@ -2127,8 +2095,8 @@ class Front(Loop):
             self.on_guard_gone()
 
     def on_signals(self):
-        """Act upon the signals that arrived, in their order; but SIGCONT is the last of those that
-        are read at once, because a handler that interrupts another one runs first."""
+        """Act upon the signals that arrived, in their order; but SIGCONT is the last of a batch,
+        because a handler that interrupts another one runs first."""
         numbers = read_some(self.signals) or b""
         self.reap()
         for number in sorted(numbers, key=lambda number: number == SIGCONT):
@@ -2147,8 +2115,8 @@ class Front(Loop):
                 self.resize()
 
     def on_ending_signal(self, number):
-        """Pass an ending signal on to the guard.  When the guard has ended, procrun waits for
-        stdout alone, and a second signal ends that."""
+        """Pass an ending signal on to the guard; when that has ended, a second signal ends the
+        wait for stdout."""
         now = monotonic()
         if self.reports is None and self.signalled and now > self.signalled + ONE_REQUEST:
             return self.on_limit()
@@ -2158,8 +2126,7 @@ class Front(Loop):
             self.set_limit()
 
     def reap(self):
-        """Reap what has ended: the guard, and as process 1 of a container others' orphans.  Wake
-        the guard if a child has stopped it."""
+        """Reap the guard and, as process 1, others' orphans; wake the guard if it was stopped."""
         with suppress(ChildProcessError):
             pid = None
             while pid != 0:
@@ -2741,8 +2708,7 @@ def make_parser(text, **details):
 
 
 def parse_words(words):
-    """Return (the command's function, its arguments) for the words of a command line; --help and
-    the like end procrun.  Raises UsageError."""
+    """Return (the command's function, its arguments) for a command line; raises UsageError."""
     top = make_parser(COMMON, prog="procrun", usage=argparse.SUPPRESS, description=__doc__)
     top.add_argument("--version", action="version", version=f"procrun {VERSION}")
     top.add_argument("words", nargs="...", help=argparse.SUPPRESS)
