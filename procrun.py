@@ -104,6 +104,7 @@ MOST_NAMES = 10        # in one line
 MOST_HELD = 1 << 24    # bytes held back of other processes while one is attached
 SETTLING = 0.2         # seconds that a shell may take to fork a program
 ONE_REQUEST = 0.4      # seconds: the terminal and npm both deliver Ctrl-C, so two are one
+PATIENCE = 0.3         # seconds after SIGTERM until it is said who is waited for
 UNFINISHED = 0.2       # seconds after which a line without its newline is shown
 GIVE_UP = 0.5          # seconds after SIGKILL in which nothing has ended
 SHOWN_AGAIN = 2048     # bytes, at most ten lines, of a process that failed
@@ -1170,11 +1171,10 @@ def how_it_ended(status):
     return f"terminated by signal {-status}"    # a real-time one has no name
 
 
-Options = namedtuple("Options", "root environment limits grace patience can_die keep_going quiet")
+Options = namedtuple("Options", "root environment limits grace can_die keep_going quiet")
 Options.__doc__ = """How a set is run: the root directory, environment (bytes to bytes) and
-RLIMIT_NOFILE of all children; grace period; after how much of it to say who is waited for (both in
-seconds); the instances whose exit 0 does not end the set; whether no exit ends it; the instances
-whose output is dropped."""
+RLIMIT_NOFILE of all children; grace period in seconds; the instances whose exit 0 does not end the
+set; whether no exit ends it; the instances whose output is dropped."""
 
 
 def child_environment(variables):
@@ -1482,7 +1482,7 @@ class Guard(Loop):
         os.close(reading)
         if not told:
             self.release(child)
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise OSError(errno.EAGAIN, "fork failed")
         return int(told)
 
     def release(self, child):
@@ -1582,7 +1582,7 @@ class Guard(Loop):
     def stop(self, groups):
         """End groups, as a generator of steps that yields the seconds until the next one; `groups`
         is a function that returns those that are left, such as alive()."""
-        grace, patience = self.options.grace, min(self.options.grace, self.options.patience)
+        grace, patience = self.options.grace, min(self.options.grace, PATIENCE)
         if grace:
             self.terminate(groups())
             yield patience
@@ -2485,8 +2485,8 @@ def cmd_start(args):
     if attached and not (terminal and terminal.is_ours() and is_terminal):
         raise UsageError("--attach needs a terminal as standard input and output, and procrun in "
                          "its foreground")
-    options = Options(root, child_environment(variables), limits, args.timeout,
-                      0.1 if is_terminal else 1.0, can_die, args.keep_going, quiet)
+    options = Options(root, child_environment(variables), limits, args.timeout, can_die,
+                      args.keep_going, quiet)
     printer = Printer(output_style(args, instances, is_terminal), time.time)
     try:
         children = open_children(types, instances, instances if args.pty else attached)
