@@ -1187,7 +1187,7 @@ def child_environment(variables):
 def hold_session(child, tell, life):
     """Split a forked process that leads the session of a PTY: it stays, as a shell that waits for
     the end of the pipe `life`; another one returns, in a group of its own, which the guard adopts.
-    Its process id is written to the pipe `tell`.
+    Its process id goes to the pipe `tell`, whose end says that both has been done.
 
     For when the leader of a session ends, the kernel hangs up what is in the foreground, such as
     a server that npm has just told to end.
@@ -1195,6 +1195,7 @@ def hold_session(child, tell, life):
     between = os.fork()
     if between:
         os.waitpid(between, 0)
+        os.close(tell)
         os.dup2(life, 0)
         os.execv("/bin/sh", ["sh", "-c", "read -r nothing"])
     if os.fork():
@@ -1202,6 +1203,7 @@ def hold_session(child, tell, life):
     os.setpgid(0, 0)
     os.tcsetpgrp(child.output, os.getpid())
     os.write(tell, b"%d" % os.getpid())
+    os.close(tell)
 
 
 def exec_child(options, child, hold=no_action):
@@ -1478,8 +1480,8 @@ class Guard(Loop):
             exec_child(self.options, child, partial(hold_session, child, writing, self.life))
         self.holders.add(child.holder)
         os.close(writing)
-        told = os.read(reading, 20)
-        os.close(reading)
+        with open(reading, "rb") as file:
+            told = file.read()
         if not told:
             self.release(child)
             raise OSError(errno.EAGAIN, "fork failed")

@@ -3030,16 +3030,18 @@ def test_variables_that_are_there_twice(tmp_path, command):
     assert re.search(rb"^(.*\| )?1 web\.1 3 1$", out, re.MULTILINE), out
 
 
-def test_a_signal_is_not_lost_at_any_moment_of_the_start(tmp_path):
+@both_ways
+def test_a_signal_is_not_lost_at_any_moment_of_the_start(tmp_path, mode):
     app = procfile(tmp_path, "a: exec sleep 300\n")
     for moment in range(400 if LONG else 6):
         number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
-        with Run(app, "start", "-c", "a=10") as run:
+        with Run(app, "start", "-c", "a=10", *mode) as run:
             eventually(lambda: awake(run))
             pause(moment / (5000 if LONG else 200))
             run.signal(number)
             assert run.wait() == 128 + number
             assert run.output.count(b"received, shutting down") == 1
+            assert b"SIGKILL" not in run.output
             assert all(len(fates(run, name)) == 1 for name in pids(run))
 
 
