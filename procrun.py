@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """procrun - run a Procfile app: all its processes in one terminal, and nothing left behind
 
-    procrun start [NAME ...]         run all process types, or those named, until one of them ends
+    procrun start [NAME ...]         run all process types, or those named, until a process ends
     procrun run NAME                 run one process type's command, in the foreground
     procrun run COMMAND [ARG ...]    run any other command with the app's environment
     procrun check                    check the Procfile and the environment files
@@ -1575,11 +1575,11 @@ class Guard(Loop):
         self.status, self.since = status, monotonic()
         self.report("ending")
         self.to_fork.clear()
-        self.after(0, self.reap)    # it may be that nothing is left
         if any(child.pid for child in self.children) and self.options.grace:
             self.say("sending SIGTERM to all processes")
         self.ending = self.stop(self.alive)
-        self.advance(self.ending)
+        self.after(0, self.reap)    # it may be that nothing is left
+        self.after(0, partial(self.advance, self.ending))
 
     def stop(self, groups):
         """End groups, as a generator of steps that yields the seconds until the next one; `groups`
@@ -1883,7 +1883,9 @@ class Front(Loop):
     # -- output
 
     def say(self, text, source=None):
-        """A line of procrun's own."""
+        """Print a line of procrun's own, of the system or of a source."""
+        if source and not self.printer.style.label:
+            text = f"{source.name} {text}"
         self.printer.feed(source or self.system, text.encode() + b"\n")
 
     def flush(self):
@@ -2472,7 +2474,7 @@ def enter_root(root):
 
 
 def cmd_start(args):
-    """procrun start: run all process types, or those named, until one of them ends."""
+    """procrun start: run all process types, or those named, until a process ends."""
     types, (variables, root) = load_types(args), load_environment(args)
     instances, is_terminal = planned(args, types, variables)[2], os.isatty(1)
     attached = selected([args.attach], instances, "--attach")[:1] if args.attach else []
@@ -2629,7 +2631,7 @@ def cmd_export(args):
 def grace_period(text):
     """Return the grace period that a text is, in seconds; raises UsageError."""
     if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?|\.[0-9]+", text) or float(text) > 86400:
-        raise UsageError(f"-t: `{text}` is not a number of seconds from 0 to 86400, a day")
+        raise UsageError(f"-t: `{text}` is not a number of seconds from 0 to 86400 (a day)")
     return float(text)
 
 
@@ -2651,15 +2653,15 @@ FORMATION = """
 START = FORMATION + """
 NAME ...                run only these process types
 --can-die NAME[,NAME]   exit status 0 of these does not end the others; repeatable
---keep-going            no exit of a process ends the others
---quiet NAME[,NAME]     drop the output of these, but not their starts and ends; repeatable
+--keep-going            a process that ends does not end the others
+--quiet NAME[,NAME]     drop the output of these, but report their starts and ends; repeatable
 --pty                   give each process a terminal of its own
 --attach NAME           give this terminal to one process, such as web or web.2, from its start;
                         Ctrl-] takes it back
 --color auto|always|never   colour the prefixes (default: auto, on a terminal); never: no colours
-                        at all, not those of the processes either
---no-timestamp          write no time in front of the lines
---no-prefix             write nothing in front of the lines
+                        at all, not even the processes' own
+--no-timestamp          lines without the time
+--no-prefix             lines without any prefix
 """
 RUN = """
 NAME|COMMAND [ARG ...]  a process type, or a command with its arguments
@@ -2673,7 +2675,7 @@ LOCATION                the folder to write to, made if missing
 --image IMAGE           the container image (kubernetes)
 --user-units            units for systemctl --user (systemd)
 --dry-run               print every file with its values masked, write nothing
---force                 overwrite files not of this app and format
+--force                 overwrite files that are not from an export of this app and format
 """
 WORDS = {    # what the words for values and arguments mean to argparse
     "N": {"type": port_number}, "SECONDS": {"type": grace_period, "default": 5.0},

@@ -1723,6 +1723,7 @@ def test_prefixes(tmp_path, args, prefix):
             line = re.escape(prefix.replace(b"NAME", name).replace(b"COLOUR", colour) + text)
             run.expect(b"^" + line.replace(b"TIME", rb"\d\d:\d\d:\d\d") + b"$")
         assert run.wait() == 130
+        assert prefix or re.search(rb"(?m)^web\.1 started with pid \d+", run.output)
 
 
 def test_colours_go_by_type_in_procfile_order(tmp_path):
@@ -2184,6 +2185,12 @@ def test_grace_period(tmp_path, grace, polite):
         assert b"sending SIGKILL to " + killed in run.lines("system")
         assert run.lines("a.1")[-1] == b"terminated by SIGKILL"
         assert run.lines("b.1")[-1] == b"terminated by " + (b"SIGTERM" if polite else b"SIGKILL")
+
+
+def test_what_has_ended_is_not_killed(tmp_path):
+    with start(tmp_path, "a: exit 3\n", "-t", "0") as run:
+        assert run.wait() == 3
+        assert b"SIGKILL" not in run.output
 
 
 @pytest.mark.parametrize("text, args, status", [
