@@ -1186,24 +1186,25 @@ def child_environment(variables):
 
 def hold_session(child, tell, life):
     """Split a forked process that leads the session of a PTY: it stays, as a shell that waits for
-    the end of the pipe `life`; another one returns, in a group of its own, which the guard adopts.
-    Its process id goes to the pipe `tell`, whose end says that both has been done.
+    the end of the pipe `life`; another one returns, in a group of its own, when the guard has
+    adopted it.  That writes its process id to the pipe `tell`.
 
     For when the leader of a session ends, the kernel hangs up what is in the foreground, such as
     a server that npm has just told to end.
     """
+    adopted, not_yet = os.pipe()
     between = os.fork()
     if between:
         os.waitpid(between, 0)
-        os.close(tell)
         os.dup2(life, 0)
-        os.execv("/bin/sh", ["sh", "-c", "read -r nothing"])
+        os.execv("/bin/sh", ["sh", "-c", f"# terminal of {child.name}\nread -r nothing"])
     if os.fork():
         os._exit(0)
+    os.close(not_yet)
+    os.read(adopted, 1)    # the end
     os.setpgid(0, 0)
     os.tcsetpgrp(child.output, os.getpid())
     os.write(tell, b"%d" % os.getpid())
-    os.close(tell)
 
 
 def exec_child(options, child, hold=no_action):
@@ -1371,7 +1372,8 @@ class Guard(Loop):
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # no error if it is closed already
         # /proc may be missing, or be that of another PID namespace.
-        self.adopts = become_subreaper() and os.getpid() in children_of(os.getppid())
+        self.adopts = (become_subreaper()
+                       and os.path.exists(f"/proc/self/task/{os.getpid()}/children"))
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
         self.signals = catch_signals({SIGCHLD}, STANDARD - {SIGCHLD})
         self.life = os.pipe()[0]    # nobody writes to it; its end is that of the guard
@@ -1474,25 +1476,21 @@ class Guard(Loop):
             if not pid:
                 exec_child(self.options, child)
             return pid
+        if child.holder in self.holders:
+            self.holders.remove(child.holder)
+            os.kill(child.holder, SIGKILL)
+            os.waitpid(child.holder, 0)
         reading, writing = os.pipe()
         child.holder = os.fork()
         if not child.holder:
             exec_child(self.options, child, partial(hold_session, child, writing, self.life))
         self.holders.add(child.holder)
         os.close(writing)
-        with open(reading, "rb") as file:
-            told = file.read()
+        told = os.read(reading, 20)
+        os.close(reading)
         if not told:
-            self.release(child)
-            raise OSError(errno.EAGAIN, "fork failed")
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return int(told)
-
-    def release(self, child):
-        """End the process that leads the session of a PTY, if there is one."""
-        if child.holder in self.holders:
-            self.holders.remove(child.holder)
-            os.kill(child.holder, SIGKILL)
-            os.waitpid(child.holder, 0)
 
     def spawn(self):
         """Fork the next child; the others follow after a look at what has happened meanwhile."""
@@ -1533,12 +1531,11 @@ class Guard(Loop):
             if not send_signal(-group, 0):
                 child = self.running.pop(group)
                 child.group = None
-                self.release(child)
                 if child.asked == "restart":
                     self.report(f"gone {child.index}")
         self.pursue()
         if self.status is not None:
-            if nothing_left and not self.running:
+            if not self.running and (nothing_left or self.holders and not self.adopted()):
                 self.over = True
             self.report("ending")
         elif not self.to_fork and not any(child.pid or child.asked == "restart"
