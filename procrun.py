@@ -89,6 +89,8 @@ from time import monotonic
 
 if __name__ == "__main__" and signal.getsignal(SIGINT) is signal.default_int_handler:
     signal.signal(SIGINT, signal.SIG_DFL)    # an early Ctrl-C prints no traceback
+if __name__ == "__main__" and os.getpid() == 1:    # to which an early signal would be lost
+    signal.pthread_sigmask(signal.SIG_BLOCK, {SIGINT, SIGTERM, SIGHUP})
 
 try:
     import fcntl
@@ -251,6 +253,8 @@ def entry_value(entry, known):
 
     if not name:
         raise ValueError("expected NAME=value")
+    if re.search("[\xa0\u200b\ufeff]", name.decode("utf-8", "replace")):
+        raise ValueError("the name has a blank that is not a space; remove it")
     if quote:
         raise ValueError(f"the quote {quote.decode()} is never closed")
     if not is_comment(rest):
@@ -646,7 +650,8 @@ rm -f supervise/group
     "run": """echo $$ >supervise/group
 exec {output}2>&1 3<environment
 cd {root} || exit 111
-exec chpst -P -u {plan.user} /bin/sh -c {word}
+[ "$(id -un)" = {plan.user} ] || set -- -u {plan.user}
+exec chpst -P "$@" /bin/sh -c {word}
 """}
 
 
@@ -977,10 +982,18 @@ def safe_size(fd):
     return 1 if os.isatty(fd) else 512
 
 
-def write_ready(fd, data, seconds=None):
-    """Write bytes to a file descriptor, as long as it is ready within so many seconds."""
+def wait_writable(fd, timeout):
+    """Wait at most so many milliseconds (None: any time) until an fd is ready to be written to, or
+    its reader has gone (for which select() does not wake up); return whether it is."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(timeout))
+
+
+def write_ready(fd, data, timeout=None):
+    """Write bytes to a file descriptor, as long as it is ready within so many milliseconds."""
     most = safe_size(fd)
-    while data and select.select((), (fd,), (), seconds)[1]:
+    while data and wait_writable(fd, timeout):
         data = data[os.write(fd, data[:most]):]
 
 
@@ -1735,7 +1748,7 @@ class Sink:
         moved = self.full = False
         try:
             while queue:
-                if self.most and not select.select((), (self.fd,), (), 0)[1]:
+                if self.most and not wait_writable(self.fd, 0):
                     raise BlockingIOError
                 batch = [queue[0][:self.most]] if self.most else queue[:256]
                 taken = os.writev(self.fd, batch)
@@ -2516,6 +2529,7 @@ def cmd_run(args):
         command = ["/bin/sh", "-c", instance.command]
     enter_root(root)
     handle((signal.SIGPIPE, signal.SIGXFSZ), signal.SIG_DFL)    # which CPython ignores
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

@@ -2728,6 +2728,17 @@ def test_process_1_of_a_container(tmp_path):
         assert run.wait() == 143
 
 
+def test_a_signal_to_process_1_is_not_lost_while_it_starts(tmp_path):
+    require_root_and(*UNSHARE, "true")
+    os.mkfifo(str(tmp_path / "fifo"))
+    with Run(tmp_path, "start", "-f", "fifo", executable=wrapper(
+            tmp_path, 'exec %s "$PYTHON" "$@"' % " ".join(UNSHARE))) as run:
+        with open(str(tmp_path / "fifo"), "wb") as file:    # it reads by now
+            os.kill(children(run.pid)[0], signal.SIGTERM)
+            file.write(b"a: exec sleep 300\n")
+        assert run.wait() == 143
+
+
 @pytest.mark.parametrize("name, status", [("TERM", 143), ("USR1", 0), ("KILL", 137)])
 def test_an_id_that_was_reaped_is_never_signalled(tmp_path, name, status):
     # In a namespace where the id of the next process can be chosen, a stranger gets a.1's.
@@ -2862,12 +2873,13 @@ PART = "sh -c 'trap \"echo %s >&2; exit\" TERM; echo up >&2; " + LOOP + "'"
     ("(%s) & exec sleep 300" % SAVING, "", [b"saved"]),
     ("(%s) & exec sleep 300" % SAVING, "--pty", [b"saved"]),    # as npm
     ("sh run.sh", "--pty", PREFORKED),
+    pytest.param("exec bash -mc 'PROGRAM; :'", "--pty", PREFORKED, marks=needs("bash")),
     ("trap '' HUP; (setsid sh -c '%s' &) ; exec sleep 300" % SAVING.replace("'", '"'), "",
      [b"saved"]),
     ("setsid --wait sh -c '%s'" % SAVING.replace("'", '"'), "", [b"saved"]),
     ("trap 'exec %s -S save.py' TERM; echo up; %s" % (PYTHON, LOOP), "", [b"saved"]),
 ], ids="exec cd cd-exec assignment cd-pty list-pty script session pipeline tee leader-gone "
-       "leader-gone-pty script-pty daemon setsid trap-that-execs".split())
+       "leader-gone-pty script-pty job-control daemon setsid trap-that-execs".split())
 def test_the_program_is_asked_first_and_then_what_it_leaves(tmp_path, command, args, expected):
     tmp_path.joinpath("prefork.py").write_text(PREFORK)
     tmp_path.joinpath("save.py").write_text("import time; time.sleep(0.5); print('saved')\n")
@@ -2989,6 +3001,16 @@ def test_the_reader_at_a_socket_goes(tmp_path):
         guard(run), theirs.close(), tmp_path.joinpath("go").touch()
         assert run.process.wait(20) == 141
     ours.close()
+
+
+@needs_linux
+def test_the_reader_at_a_full_socket_shuts_it_down(tmp_path):
+    ours, theirs = socket.socketpair()
+    with start(tmp_path, "a: exec yes\n", stdout=ours.fileno()) as run:
+        eventually(lambda: not select.select((), (ours,), (), 0)[1])
+        theirs.shutdown(socket.SHUT_RDWR)
+        assert run.process.wait(20) == 141
+    ours.close(), theirs.close()
 
 
 def test_output_that_is_lost_in_the_end_is_a_failure(tmp_path):
@@ -3831,6 +3853,8 @@ def test_an_env_that_cannot_be_read(tmp_path, command, told):
     env.unlink()
     env.write_bytes(b"A=1\nB C\n")
     assert call(app, *words) == (1, b"", b"procrun: .env:2: expected NAME=value\n")
+    env.write_bytes(b"\xc2\xa0A=1\n")
+    assert b".env:1: the name has a blank that is not a space" in call(app, *words)[2]
     if os.geteuid() == 0:
         words[:0] = ["-e", "/proc/self/mem"]    # what root cannot read either
         assert call(app, *words) == (1, b"", b"procrun: /proc/self/mem: Input/output error\n")
