@@ -1396,6 +1396,8 @@ class Guard(Loop):
         self.after(0, self.spawn)
         while not self.over:
             self.turn(selector)
+        for holder in list(self.holders):
+            self.release(holder)
         if self.strays:
             self.say(f"also ended, out of their groups: {list_names(self.strays)}")
         self.report(f"exit {self.status}")
@@ -1482,6 +1484,12 @@ class Guard(Loop):
             self.to_fork.append(child)
             self.after(0, self.spawn)
 
+    def release(self, holder):
+        """End a process that leads the session of a PTY (see hold_session())."""
+        self.holders.remove(holder)
+        os.kill(holder, SIGKILL)
+        os.waitpid(holder, 0)
+
     def fork_child(self, child):
         """Fork a child; return its process id.  Raises OSError."""
         if not (child.pty and self.adopts):
@@ -1490,9 +1498,7 @@ class Guard(Loop):
                 exec_child(self.options, child)
             return pid
         if child.holder in self.holders:
-            self.holders.remove(child.holder)
-            os.kill(child.holder, SIGKILL)
-            os.waitpid(child.holder, 0)
+            self.release(child.holder)
         reading, writing = os.pipe()
         child.holder = os.fork()
         if not child.holder:
