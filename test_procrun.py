@@ -4115,7 +4115,7 @@ def test_no_command_is_read_but_from_a_terminal(tmp_path, opening):
 @pytest.mark.parametrize("typed, again", [
     (b"restart web", ["web.1", "web.2"]), (b"restart", ["web.1", "web.2", "deaf.1"]),
     (b"restart web.2", ["web.2"]), (b"restart deaf web.1", ["web.1", "deaf.1"]),
-    (b"restart web.1\nrestart web.1", ["web.1"]), (b"\n \nrestart web.1", ["web.1"]),
+    (b"restart web.1\nrestart web.1", ["web.1"]), (b"\x04\n \nrestart web.1", ["web.1"]),
 ])
 def test_typed_restart(tmp_path, typed, again):
     """The one that ignores SIGTERM is killed after the grace period; and one that fails when it is
@@ -4125,7 +4125,7 @@ def test_typed_restart(tmp_path, typed, again):
                "-t", "0.5", "-c", "web=2", kind=Terminal) as run:
         for name in ("web.1", "web.2", "deaf.1"):
             ups(run, name, 1)
-        run.type(b"\x04" + typed + b"\n")
+        run.type(typed + b"\n")
         for name in again:
             ups(run, name, 2)
         run.end()
