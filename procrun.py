@@ -2588,7 +2588,7 @@ def warn(plan):
     if plan.format == "supervisord":
         refused = "; until it is there, supervisord refuses its whole configuration"
     if not (plan.group or plan.user_units or plan.format == "kubernetes"):
-        print_error(f"warning: this machine has no user `{plan.user}`{refused}")
+        print_error(f"warning: this machine has no user `{plan.user}`; make it or use -u{refused}")
     if plan.log and not os.path.isdir(plan.log):
         print_error(f"warning: there is no directory {plan.log} for the logs{refused}")
     if plan.log and plan.format == "upstart":
@@ -2597,15 +2597,18 @@ def warn(plan):
         print_error("warning: release is meant to run once: -c release=0 leaves it out")
 
 
-def tell_done(plan, files, gone):
+def tell_done(plan, files, ours):
     """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
     start = FORMATS[plan.format][1].format(app=plan.app, location=shell_quote(plan.location))
     if plan.user_units and plan.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     lines = [f"writing: {plan.location}/{name}" for name in files]
+    gone = sorted(ours.difference(files))
     lines += [f"removing: {plan.location}/{name}" for name in gone]
     if gone:
         lines += ["if what was removed still runs, stop it"]
+    if ours:
+        lines += ["if it runs already, restart it"]
     lines += [f"start it with: {start}"]
     try:
         print_out("".join(f"[procrun export] {line}\n" for line in lines))
@@ -2641,7 +2644,7 @@ def cmd_export(args):
     gone = sorted(ours.difference(files))
     staging = f"{plan.location}/.procrun-{plan.format}-{plan.app}"
     install(plan.location, staging, files, gone)
-    tell_done(plan, files, gone)
+    tell_done(plan, files, ours)
     return 0
 
 
