@@ -1198,12 +1198,12 @@ def child_environment(variables):
 
 
 def hold_session(child, tell, life):
-    """Split a forked process that leads the session of a PTY: it stays, as a shell that waits for
-    the end of the pipe `life`; another one returns, in a group of its own, when the guard has
-    adopted it.  That writes its process id to the pipe `tell`.
+    """Split a forked process, the leader of a PTY's session, in two.  The leader stays, as a shell
+    that waits for the end of the pipe `life`.  The other one returns when the guard has adopted
+    it, in a group of its own, and has written its process id to the pipe `tell`.
 
-    For when the leader of a session ends, the kernel hangs up what is in the foreground, such as
-    a server that npm has just told to end.
+    When the leader of a session ends, the kernel hangs up what is in the foreground: a server, for
+    instance, that npm has just told to end.
     """
     adopted, not_yet = os.pipe()
     between = os.fork()
