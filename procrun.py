@@ -2597,18 +2597,15 @@ def warn(plan):
         print_error("warning: release is meant to run once: -c release=0 leaves it out")
 
 
-def tell_done(plan, files, ours):
+def tell_done(plan, files, gone):
     """Say what an export has done, and how to start it; an error of stdout is no failure of it."""
     start = FORMATS[plan.format][1].format(app=plan.app, location=shell_quote(plan.location))
     if plan.user_units and plan.format == "systemd":
         start = start.replace("systemctl", "systemctl --user") + " && loginctl enable-linger"
     lines = [f"writing: {plan.location}/{name}" for name in files]
-    gone = sorted(ours.difference(files))
     lines += [f"removing: {plan.location}/{name}" for name in gone]
     if gone:
         lines += ["if what was removed still runs, stop it"]
-    if ours:
-        lines += ["if it runs already, restart it"]
     lines += [f"start it with: {start}"]
     try:
         print_out("".join(f"[procrun export] {line}\n" for line in lines))
@@ -2644,7 +2641,7 @@ def cmd_export(args):
     gone = sorted(ours.difference(files))
     staging = f"{plan.location}/.procrun-{plan.format}-{plan.app}"
     install(plan.location, staging, files, gone)
-    tell_done(plan, files, ours)
+    tell_done(plan, files, gone)
     return 0
 
 
