@@ -1385,8 +1385,8 @@ class Guard(Loop):
         for fd in set(open_fds()) - keep:
             os.closerange(fd, fd + 1)    # no error if it is closed already
         # /proc may be missing, or be that of another PID namespace.
-        self.adopts = (become_subreaper()
-                       and os.path.exists(f"/proc/self/task/{os.getpid()}/children"))
+        self.adopts = (become_subreaper() and os.getpid() in children_of(os.getppid())
+                       and os.readlink("/proc/self") == str(os.getpid()))
         handle(STANDARD, signal.SIG_DFL)    # once, not in each child
         self.signals = catch_signals({SIGCHLD}, STANDARD - {SIGCHLD})
         self.life = os.pipe()[0]    # nobody writes to it; its end is that of the guard

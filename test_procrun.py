@@ -2677,13 +2677,14 @@ def test_a_proc_of_another_namespace(tmp_path, shell):
     command = "unshare", "--pid", "--fork", *shell, *compiled()
     if subprocess.run([*command[:3], "true"]).returncode:
         pytest.skip("cannot make a PID namespace here")
-    with start(tmp_path, "a: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; " + LOOP,
-               "-t", "0.2", python=command) as run:
+    with start(tmp_path, "b: exec sleep 302\na: trap '' TERM; sleep 300 & setsid sleep 301 & echo up; "
+               + LOOP, "-t", "0.2", python=command) as run:
         run.expect(rb"\| up$")
         inner = children(run.pid)[0]
         os.kill(children(inner)[0] if shell else inner, signal.SIGTERM)
         assert run.wait() == 143
         assert b"Traceback" not in run.output
+        assert fates(run, "b.1") == [b"terminated by SIGTERM"]
 
 
 @as_root
