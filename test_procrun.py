@@ -2783,7 +2783,7 @@ def complaint(run):
 def test_fork_failure(tmp_path, limit, message):
     # As a user of whom there is no other process, but one who may read every file.
     become = ("setpriv --reuid=%d --clear-groups --inh-caps=-all,+dac_override "
-              "--ambient-caps=-all,+dac_override" % (54321 + limit))
+              "--ambient-caps=-all,+dac_override" % (100000 + 10 * os.getpid() + limit))
     require_root_and(*become.split(), "true")
     with start(tmp_path, "a: exec sleep 300\n", "-c", "a=5", executable=wrapper(
             tmp_path, 'exec %s "$PYTHON" "$@"' % become), preexec_fn=lambda: resource.setrlimit(
