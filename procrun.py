@@ -959,6 +959,8 @@ class Printer:
             found = f"\x1b[{self.margin + int(match['column'])}G"
         elif kind == "back" and source.column >= int(match["columns"] or 1):
             source.column -= int(match["columns"] or 1)
+        elif kind == "kept" and "\u200d" in found:
+            source.column = -1    # terminals may join what follows, which takes no column then
         elif kind != "kept":
             if kind == "sequence" and match.end() == len(match.string):
                 source.tail += found.encode(*UTF8)    # its rest may come
@@ -982,18 +984,18 @@ def safe_size(fd):
     return 1 if os.isatty(fd) else 512
 
 
-def wait_writable(fd, timeout):
-    """Wait at most so many milliseconds (None: any time) until an fd is ready to be written to, or
-    its reader has gone (for which select() does not wake up); return whether it is."""
+def wait_ready(fd, event, timeout):
+    """Wait at most so many milliseconds (None: any time) for POLLIN or POLLOUT of an fd, or until
+    its other end has gone (for which select() does not wake up); return whether that came."""
     poll = select.poll()
-    poll.register(fd, select.POLLOUT)
+    poll.register(fd, event)
     return bool(poll.poll(timeout))
 
 
 def write_ready(fd, data, timeout=None):
     """Write bytes to a file descriptor, as long as it is ready within so many milliseconds."""
     most = safe_size(fd)
-    while data and wait_writable(fd, timeout):
+    while data and wait_ready(fd, select.POLLOUT, timeout):
         data = data[os.write(fd, data[:most]):]
 
 
@@ -1491,7 +1493,8 @@ class Guard(Loop):
         os.waitpid(holder, 0)
 
     def fork_child(self, child):
-        """Fork a child; return its process id.  Raises OSError."""
+        """Fork a child; return its process id.  Raises OSError, of which TimeoutError says that
+        somebody has stopped what holds its session."""
         if not (child.pty and self.adopts):
             pid = os.fork()
             if not pid:
@@ -1502,11 +1505,15 @@ class Guard(Loop):
         reading, writing = os.pipe()
         child.holder = os.fork()
         if not child.holder:
+            os.close(self.reports)    # the front waits for its end
             exec_child(self.options, child, partial(hold_session, child, writing, self.life))
         self.holders.add(child.holder)
         os.close(writing)
-        told = os.read(reading, 20)
+        told = os.read(reading, 20) if wait_ready(reading, select.POLLIN, 1000) else None
         os.close(reading)
+        if told is None:
+            self.release(child.holder)
+            raise TimeoutError
         if not told:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return int(told)
@@ -1521,6 +1528,9 @@ class Guard(Loop):
         child.reset_input()
         try:
             pid = self.fork_child(child)
+        except TimeoutError:
+            self.to_fork.insert(0, child)    # once more, but first look for orders
+            return
         except OSError as error:
             self.say(f"{child.name}: cannot start: {error.strerror}")
             return self.on_end(1)
@@ -1754,7 +1764,7 @@ class Sink:
         moved = self.full = False
         try:
             while queue:
-                if self.most and not wait_writable(self.fd, 0):
+                if self.most and not wait_ready(self.fd, select.POLLOUT, 0):
                     raise BlockingIOError
                 batch = [queue[0][:self.most]] if self.most else queue[:256]
                 taken = os.writev(self.fd, batch)

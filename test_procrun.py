@@ -1912,6 +1912,7 @@ P = b"\33[36ma | \33[0m"
     (b"\33[999G\b\b-", b"\33[1003G-"),
     (b"\bx", b"x"), (b"xy\r\b-", b"xy\r" + P + b"-"), (b"x\t\b\b-", b"x\t\b-"),
     (b"> \33[2D> \33[D\33[0Dx", b"> \33[2D> \33[D\33[0Dx"), (b"x\33[2D-", b"x-"),    # IPython
+    ("\u2764\u200d\0".encode() * 3 + b"\b\33[3D-", "\u2764\u200d".encode() * 3 + b"-"),    # joined
     (b"e\xcc\x81\b\b-", b"e\xcc\x81\b-"), (b"\xe2\xa0\x8b\b\b-", b"\xe2\xa0\x8b\b-"),
 ])
 def test_the_start_of_a_line_is_behind_its_prefix(data, line):
@@ -2948,6 +2949,22 @@ def test_without_a_subreaper_the_end_is_seen_at_once(tmp_path):
         eventually(lambda: run.read(0.05) and sleeping(run, b"30") == 3)
         run.signal(signal.SIGINT)
         assert run.wait(40) == 130    # process 1 may take its time to reap what it gets
+
+
+@needs_linux
+def test_a_start_that_somebody_stops_is_begun_again(tmp_path):
+    text = ("hold = procrun.hold_session\n"
+            "def stopped_once(*args):\n"
+            "    if not os.path.exists('%s'):\n"
+            "        open('%s', 'w').close()\n"
+            "        os.kill(os.getpid(), 19)\n"
+            "    hold(*args)\n"
+            "procrun.hold_session = stopped_once" % (tmp_path / "once", tmp_path / "once"))
+    with start(tmp_path, "a: echo up; exec sleep 301\n", "--pty", "-t", "60",
+               python=patched(text)) as run:
+        run.expect(rb"a\.1 +\| up$")
+        run.end()
+        assert tmp_path.joinpath("once").exists() and fates(run, "a.1")[0][:10] == b"terminated"
 
 
 def test_the_guard_holds_no_orders_where_open_files_are_not_listed(tmp_path):
