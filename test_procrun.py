@@ -4256,6 +4256,20 @@ def test_a_typed_restart_asks_what_is_in_a_session_of_its_own(tmp_path):
         run.end()
 
 
+@pytest.mark.parametrize("how, status", [(b"\x03", 130), (None, 3)])
+def test_the_end_of_the_set_takes_the_terminal_back(tmp_path, how, status):
+    """Or nobody would be told why, and who is waited for."""
+    with start(tmp_path, "a: trap '' TERM; echo up; " + UNTIL_GO + "exit 0\n"
+                         "b: " + UNTIL % "crash" + "; exit 3\n", kind=Terminal) as run:
+        ups(run, "a.1", 1)
+        run.type(b"attach a\n")
+        run.expect(rb"attached")
+        run.type(how) if how else tmp_path.joinpath("crash").touch()
+        run.expect(rb"waiting for a\.1 \(SIGKILL in 5 s; Ctrl-C kills now\)$")
+        tmp_path.joinpath("go").touch()
+        assert run.wait() == status
+
+
 def test_no_output_of_a_restarted_instance_precedes_its_start(tmp_path):
     """Not even if procrun is slower than it is."""
     with start(tmp_path, "a: echo up; trap 'echo asked; %sexit' TERM; %s\n" % (UNTIL_GO, LOOP),
@@ -4307,20 +4321,6 @@ def test_last_lines_are_those_of_the_last_run_attached_or_not(tmp_path):
         tmp_path.joinpath("go").touch()
         assert run.wait() == 3
         assert re.search(rb"last lines of web.1:\n.*\| up\n.*\| got this\n\Z", run.output)
-
-
-@pytest.mark.parametrize("how, status", [(b"\x03", 130), (None, 3)])
-def test_the_end_of_the_set_takes_the_terminal_back(tmp_path, how, status):
-    """Or nobody would be told why, and who is waited for."""
-    with start(tmp_path, "a: trap '' TERM; echo up; " + UNTIL_GO + "exit 0\n"
-                         "b: " + UNTIL % "crash" + "; exit 3\n", kind=Terminal) as run:
-        ups(run, "a.1", 1)
-        run.type(b"attach a\n")
-        run.expect(rb"attached")
-        run.type(how) if how else tmp_path.joinpath("crash").touch()
-        run.expect(rb"waiting for a\.1 \(SIGKILL in 5 s; Ctrl-C kills now\)$")
-        tmp_path.joinpath("go").touch()
-        assert run.wait() == status
 
 
 ASK = r"""
