@@ -1604,7 +1604,7 @@ class Guard(Loop):
         if any(child.pid for child in self.children) and self.options.grace:
             self.say("sending SIGTERM to all processes")
         self.ending = self.stop(self.alive)
-        self.after(0, self.reap)    # it may be that nothing is left
+        self.after(0, self.reap)    # first, so that what has ended is neither signalled nor named
         self.after(0, partial(self.advance, self.ending))
 
     def stop(self, groups):
@@ -2545,7 +2545,7 @@ def cmd_run(args):
         command = ["/bin/sh", "-c", instance.command]
     enter_root(root)
     handle((signal.SIGPIPE, signal.SIGXFSZ), signal.SIG_DFL)    # which CPython ignores
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)    # as process 1 they were blocked
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

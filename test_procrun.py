@@ -2739,6 +2739,9 @@ def test_a_signal_to_process_1_is_not_lost_while_it_starts(tmp_path):
             os.kill(children(run.pid)[0], signal.SIGTERM)
             file.write(b"a: exec sleep 300\n")
         assert run.wait() == 143
+    mask = ask(tmp_path, "run", "grep", "SigBlk", "/proc/self/status",
+               command=[*UNSHARE, *compiled()])[1]
+    assert re.fullmatch(rb"SigBlk:\s0+\n", mask), mask
 
 
 @pytest.mark.parametrize("name, status", [("TERM", 143), ("USR1", 0), ("KILL", 137)])
@@ -3010,23 +3013,21 @@ def test_a_stalled_terminal_hangs_no_error(tmp_path):
     os.close(ours), os.close(theirs)
 
 
-def test_the_reader_at_a_socket_goes(tmp_path):
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=needs_linux)])
+def test_the_reader_at_a_socket_goes(tmp_path, full):
+    """With a reset; or it shuts the socket down, which takes nothing more, but does not close it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))    # a reset
+    if full:
+        ours.close(), theirs.close()
+        ours, theirs = socket.socketpair()
     with start(tmp_path, "a: %sexec yes\n" % UNTIL_GO, stdout=ours.fileno()) as run:
-        guard(run), theirs.close(), tmp_path.joinpath("go").touch()
-        assert run.process.wait(20) == 141
-    ours.close()
-
-
-@needs_linux
-def test_the_reader_at_a_full_socket_shuts_it_down(tmp_path):
-    ours, theirs = socket.socketpair()
-    with start(tmp_path, "a: exec yes\n", stdout=ours.fileno()) as run:
-        eventually(lambda: not select.select((), (ours,), (), 0)[1])
-        theirs.shutdown(socket.SHUT_RDWR)
+        guard(run), full or theirs.close(), tmp_path.joinpath("go").touch()
+        if full:
+            eventually(lambda: not select.select((), (ours,), (), 0)[1])
+            theirs.shutdown(socket.SHUT_RDWR)
         assert run.process.wait(20) == 141
     ours.close(), theirs.close()
 
@@ -3056,6 +3057,25 @@ def test_the_guard_is_small_and_no_signal_but_sigkill_ends_it(tmp_path):
             os.kill(guard(run), number)
         run.end()
         assert fates(run, "a.1") == [b"terminated by SIGTERM"]
+
+
+DOUBLED = """
+import ctypes, sys
+def strings(*values):
+    return (ctypes.c_char_p * (len(values) + 1))(*values, None)
+ctypes.CDLL(None).execve(sys.argv[1].encode(), strings(*[each.encode() for each in sys.argv[1:]]),
+    strings(b"PORT=1", b"PORT=2", b"PS=1", b"PS=2", b"A=1", b"A=2", b"B=1", b"B=2", b"=", b"C"))
+"""
+
+
+@pytest.mark.parametrize("command", ["start", "run web"])
+def test_variables_that_are_there_twice(tmp_path, command):
+    """A shell would take the last one, putenv() replaces the first."""
+    procfile(tmp_path, "web: echo $PORT $PS $A $B\n", "A=3\n")
+    status, out, errors = ask(tmp_path, *command.split(), command=(
+        sys.executable, "-c", DOUBLED, sys.executable, PROCRUN))
+    assert (status, errors) == (0, b"")
+    assert re.search(rb"^(.*\| )?1 web\.1 3 1$", out, re.MULTILINE), out
 
 
 @both_ways
